@@ -1,0 +1,63 @@
+//! Evidence in, proven identity out.
+//!
+//! Verifying is pure; what fetches keys or asks STS stands apart, behind a trait that the verification doesn't know.
+//! Nothing here decides about policies, and nothing here logs a credential.
+
+pub mod aws;
+pub mod jwt;
+
+use jiff::Timestamp;
+use onboarding_core::identity::{Attested, Thumbprint};
+use onboarding_wire::onboarding::{AwsEc2Credential, JwtCredential};
+
+/// What an agent presents.
+#[derive(Debug, Clone)]
+pub enum Evidence {
+    AwsEc2(AwsEc2Credential),
+    Jwt(JwtCredential),
+}
+
+/// For whom and when it is presented. The key's possession was proven over `challenge` before.
+#[derive(Debug, Clone, Copy)]
+pub struct Context<'a> {
+    pub plane_uid: &'a str,
+    pub challenge: &'a [u8],
+    pub key: Thumbprint,
+    pub now: Timestamp,
+    pub issuers: &'a [jwt::Issuer],
+}
+
+/// How the attestors are set up; the default is AWS as it is.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// PEM of further regions' certificates, each after a line `# <region>`; the plane warns when this is used.
+    pub extra_aws_certificates: Option<String>,
+    /// Where STS is asked instead of at AWS (`http://127.0.0.1:8443`); the `Host` stays AWS's. The plane warns when this is used.
+    pub sts_endpoint: Option<String>,
+}
+
+/// All attestors, with their caches.
+pub struct Attestors {}
+
+impl Attestors {
+    pub fn new(options: Options) -> Result<Self, AttestError> {
+        let _ = options;
+        unimplemented!()
+    }
+
+    pub async fn attest(&self, evidence: &Evidence, context: Context<'_>) -> Result<Attested, AttestError> {
+        let _ = (evidence, context);
+        unimplemented!()
+    }
+}
+
+/// A refusal says what was presented, what was wrong, and the way out; it never has a credential in it.
+#[derive(Debug, thiserror::Error)]
+pub enum AttestError {
+    /// The evidence is wrong, and will be the next time.
+    #[error("{0}")]
+    Refused(String),
+    /// It could not be checked now.
+    #[error("{0}")]
+    Unavailable(String),
+}

@@ -1,0 +1,2 @@
+//! The Workload Onboarding Endpoint.
+pub mod backend;

@@ -1,0 +1,13 @@
+//! Manifests and configuration files as people write them, and the conversions that are their validation.
+//!
+//! A typed value of this crate is valid: reading a document reports every fault, each with file, line and the field's path,
+//! or gives the value. No Kubernetes client, no file system, no decision.
+
+pub mod agent;
+pub mod control_plane;
+pub mod fault;
+pub mod identity;
+pub mod manifest;
+pub mod mesh;
+pub mod policy;
+pub mod war;

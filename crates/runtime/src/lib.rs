@@ -1,0 +1,9 @@
+//! What every binary shares: logs, signals, draining, readiness, metrics, the admin server, backoff.
+//!
+//! Nothing here knows what onboarding is.
+
+pub mod admin;
+pub mod backoff;
+pub mod logs;
+pub mod readiness;
+pub mod shutdown;

@@ -1,0 +1,1 @@
+//! Scenarios across agent, plane and Envoy; nothing but tests lives here.
