@@ -118,3 +118,12 @@ pub enum ProvisionError {
     #[error("{0}")]
     Unavailable(String),
 }
+
+/// Where the keys that sign tokens are kept, so that every replica signs and verifies with the same.
+#[async_trait]
+pub trait KeyStore: Send + Sync + 'static {
+    /// The bytes last stored and their version; empty and 0 before the first time.
+    async fn load(&self) -> Result<(Vec<u8>, u64), RegistryError>;
+    /// Durable and readable by nobody else when it returns.
+    async fn store(&self, expected: u64, keys: &[u8]) -> Result<u64, RegistryError>;
+}
