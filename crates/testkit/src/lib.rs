@@ -1,1 +1,7 @@
+//! Real servers and real machines for tests and the demo: EC2 metadata, STS, an OIDC issuer, an application, network namespaces.
+//!
+//! What may never be here: anything that a product depends on, or a shortcut through a product. What these servers say is what the
+//! real ones say.
 
+pub mod netns;
+pub mod process;
