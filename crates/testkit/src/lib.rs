@@ -3,5 +3,6 @@
 //! What may never be here: anything that a product depends on, or a shortcut through a product. What these servers say is what the
 //! real ones say.
 
+pub mod application;
 pub mod netns;
 pub mod process;
