@@ -4,6 +4,7 @@
 
 pub mod convert;
 pub mod proof;
+pub mod xds;
 
 /// Agent and endpoint. The source is `proto/onboarding/v1alpha1/onboarding.proto`.
 #[allow(missing_docs, clippy::all)]
