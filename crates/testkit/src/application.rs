@@ -164,7 +164,7 @@ pub async fn call(load: Load, mut stop: watch::Receiver<bool>) -> Outcome {
             }
             let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { break };
             count += 1;
-            let client = if count % 2 == 0 {
+            let client = if count.is_multiple_of(2) {
                 kept.clone()
             } else {
                 Client::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build(HttpConnector::new())

@@ -60,7 +60,7 @@ pub fn inside(main: impl FnOnce(&Lab) -> ExitCode) -> Result<ExitCode, Unavailab
 }
 
 /// A network of machines, and a directory for their files. Only [`inside`] makes one.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Lab {
     directory: PathBuf,
 }

@@ -1,0 +1,307 @@
+//! A plane, the clouds around it, and VMs: everything real but the clouds.
+
+use crate::until::until;
+use crate::vm::{Evidence, Vm};
+use anyhow::{Context, ensure};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use onboarding_testkit::netns::{Lab, Machine};
+use onboarding_testkit::process::{self, Mark, Process};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// The plane's name in `demo/manifests/controlplane.yaml`.
+pub const ENDPOINT: &str = "onboarding-endpoint.your-company.corp";
+pub const PLANE: u8 = 2;
+pub const CLOUD: u8 = 3;
+pub const EXTERNAL: u8 = 50;
+pub const ACCOUNT: &str = "123456789012";
+pub const REGION: &str = "us-east-2";
+const ADMIN: &str = "127.0.0.1:15080";
+
+/// What a world is started with.
+#[derive(Debug, Clone, Default)]
+pub struct Setup {
+    /// Flags of `onboarding-plane standalone` beside those that every world needs.
+    pub plane_flags: Vec<String>,
+    /// The data directory is a tmpfs of this size.
+    pub data_size: Option<&'static str>,
+}
+
+/// Machines and processes of one lab.
+pub struct World {
+    lab: Lab,
+    setup: Setup,
+    ca: Ca,
+    /// In which `onboarding-plane` runs.
+    pub plane_machine: Machine,
+    /// STS, and the company's OpenID Connect issuer.
+    pub cloud: Machine,
+    /// `example.org`.
+    pub external: Machine,
+    pub plane: Option<Process>,
+    services: Vec<Process>,
+}
+
+impl World {
+    /// Everything up, and the plane ready.
+    pub fn start(lab: &Lab, setup: Setup) -> anyhow::Result<Self> {
+        let plane_machine = lab.machine("plane", PLANE)?;
+        let cloud = lab.machine("cloud", CLOUD)?;
+        let external = lab.machine("external", EXTERNAL)?;
+        let mut world = Self {
+            lab: lab.clone(),
+            setup,
+            ca: Ca::new("Your Company Root CA")?,
+            plane_machine,
+            cloud,
+            external,
+            plane: None,
+            services: Vec::new(),
+        };
+        world.write("company-ca.pem", &world.ca.certificate)?;
+        world.prepare_manifests()?;
+        world.start_services()?;
+        std::fs::create_dir_all(world.data_dir())?;
+        if let Some(size) = world.setup.data_size {
+            let data = world.data_dir();
+            let data = data.to_str().context("a path that isn't text")?;
+            world
+                .plane_machine
+                .check("mount", ["-t", "tmpfs", "-o", &format!("size={size},mode=0700"), "tmpfs", data])?;
+        }
+        world.start_plane()?;
+        Ok(world)
+    }
+
+    /// Manifests of the demo, and the Secret with the endpoint's certificate.
+    fn prepare_manifests(&self) -> anyhow::Result<()> {
+        let to = self.manifests_dir();
+        std::fs::create_dir_all(&to)?;
+        for entry in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../demo/manifests"))? {
+            let entry = entry?;
+            std::fs::copy(entry.path(), to.join(entry.file_name()))?;
+        }
+        self.renew_endpoint_certificate()
+    }
+
+    /// A new certificate for the endpoint, put into the Secret as cert-manager does.
+    pub fn renew_endpoint_certificate(&self) -> anyhow::Result<()> {
+        let (certificate, key) = self.ca.issue(&[ENDPOINT])?;
+        self.write_manifest(
+            "endpoint-certificate.yaml",
+            &format!(
+                "apiVersion: v1\nkind: Secret\ntype: kubernetes.io/tls\nmetadata:\n  name: onboarding-endpoint-tls\n  namespace: istio-system\ndata:\n  tls.crt: {}\n  tls.key: {}\n",
+                STANDARD.encode(certificate),
+                STANDARD.encode(key)
+            ),
+        )
+    }
+
+    pub fn manifests_dir(&self) -> PathBuf {
+        self.lab.directory().join("manifests")
+    }
+    pub fn data_dir(&self) -> PathBuf {
+        self.lab.directory().join("data")
+    }
+    pub fn audit_log(&self) -> PathBuf {
+        self.lab.directory().join("audit.log")
+    }
+    /// Of the CA that signed the endpoint's certificate and the issuer's.
+    pub fn ca_file(&self) -> PathBuf {
+        self.lab.directory().join("company-ca.pem")
+    }
+    pub fn ca_certificate(&self) -> &str {
+        &self.ca.certificate
+    }
+    pub fn lab(&self) -> &Lab {
+        &self.lab
+    }
+
+    fn write(&self, name: &str, text: &str) -> anyhow::Result<PathBuf> {
+        let path = self.lab.directory().join(name);
+        std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+        Ok(path)
+    }
+
+    pub fn manifest(&self, name: &str) -> anyhow::Result<String> {
+        Ok(std::fs::read_to_string(self.manifests_dir().join(name))?)
+    }
+
+    /// Written beside and renamed, as an editor does.
+    pub fn write_manifest(&self, name: &str, text: &str) -> anyhow::Result<()> {
+        let temporary = self.manifests_dir().join(format!(".{name}.part"));
+        std::fs::write(&temporary, text)?;
+        Ok(std::fs::rename(temporary, self.manifests_dir().join(name))?)
+    }
+
+    pub fn remove_manifest(&self, name: &str) -> anyhow::Result<()> {
+        Ok(std::fs::remove_file(self.manifests_dir().join(name))?)
+    }
+
+    /// A file of the demo's manifests without its documents of this kind; give the text back to [`Self::write_manifest`] to restore.
+    pub fn withdraw(&self, name: &str, kind: &str) -> anyhow::Result<String> {
+        let whole = self.manifest(name)?;
+        let kept: Vec<_> = whole
+            .split("---\n")
+            .filter(|document| !document.lines().any(|line| line == format!("kind: {kind}")))
+            .collect();
+        ensure!(kept.len() < whole.split("---\n").count(), "{name} has no {kind}");
+        self.write_manifest(name, &kept.join("---\n"))?;
+        Ok(whole)
+    }
+
+    /// Starts the plane, and waits until it is ready.
+    pub fn start_plane(&mut self) -> anyhow::Result<()> {
+        self.launch_plane()?;
+        self.wait_ready(Duration::from_secs(20))
+    }
+
+    /// Starts the plane, without waiting.
+    pub fn launch_plane(&mut self) -> anyhow::Result<()> {
+        let mut command = self.plane_machine.command(binary("onboarding-plane")?);
+        command.arg("standalone");
+        command.arg("--manifests").arg(self.manifests_dir());
+        command.arg("--data-dir").arg(self.data_dir());
+        command.args(["--listen", "0.0.0.0:15443", "--admin-listen", ADMIN]);
+        command.arg("--aws-sts-endpoint").arg(format!("http://{}:8081", self.cloud.address()));
+        command.arg("--aws-extra-certificates").arg(self.lab.directory().join("aws-certificates.pem"));
+        command.arg("--jwks-extra-roots").arg(self.ca_file());
+        command.arg("--audit-log").arg(self.audit_log());
+        command.args(&self.setup.plane_flags);
+        let log = self.lab.directory().join("plane.log");
+        self.plane = Some(Process::start("plane", command, Some(&log))?);
+        Ok(())
+    }
+
+    pub fn wait_ready(&self, within: Duration) -> anyhow::Result<()> {
+        until("the plane is ready", within, || {
+            let plane = self.plane.as_ref().context("the plane isn't started")?;
+            if let Some(status) = plane.status() {
+                // It will not come back; waiting on would only hide why.
+                return Ok(Err(anyhow::anyhow!("the plane ended ({status}):\n{}", plane.tail())));
+            }
+            self.readiness().map(Ok)
+        })?
+    }
+
+    /// What `/readyz` says, an error when it isn't 200.
+    pub fn readiness(&self) -> anyhow::Result<()> {
+        let answer = self.admin("/readyz")?;
+        ensure!(answer.0 == 200, "readyz: {} {}", answer.0, answer.1.trim());
+        Ok(())
+    }
+
+    /// Status and body of a path on the plane's admin address.
+    pub fn admin(&self, path: &str) -> anyhow::Result<(u16, String)> {
+        http_status(&self.plane_machine, &format!("http://{ADMIN}{path}"))
+    }
+
+    /// The value of a metric, the sum over its labels; 0 where it isn't there yet.
+    pub fn metric(&self, name: &str) -> anyhow::Result<f64> {
+        let (_, text) = self.admin("/metrics")?;
+        let values = text.lines().filter_map(|line| {
+            let (series, value) = line.rsplit_once(' ')?;
+            (series.split('{').next() == Some(name)).then(|| value.parse::<f64>().ok()).flatten()
+        });
+        Ok(values.sum())
+    }
+
+    pub fn plane(&self) -> anyhow::Result<&Process> {
+        self.plane.as_ref().context("the plane isn't started")
+    }
+
+    /// Ends the plane with SIGKILL, now.
+    pub fn kill_plane(&mut self) {
+        if let Some(plane) = self.plane.take() {
+            plane.kill();
+        }
+    }
+
+    pub fn stop_plane(&mut self) -> anyhow::Result<()> {
+        let plane = self.plane.take().context("the plane isn't started")?;
+        let status = plane.terminate(Duration::from_secs(20))?;
+        ensure!(status.success(), "the plane ended with {status}:\n{}", plane.tail());
+        Ok(())
+    }
+
+    /// `onboardctl`, with the plane's admin socket where the verb takes one.
+    pub fn onboardctl(&self, arguments: &[&str]) -> anyhow::Result<process::Ended> {
+        let mut command = self.plane_machine.command(binary("onboardctl")?);
+        command.args(arguments).env("ONBOARDING_DATA_DIR", self.data_dir());
+        process::run(command, Duration::from_secs(20))
+    }
+
+    /// A VM of this world, its clouds and its application up, its agent not started yet.
+    pub fn vm(&self, name: &str, host: u8, group: &str, evidence: Evidence) -> anyhow::Result<Vm> {
+        Vm::new(self, name, host, group, evidence)
+    }
+
+    /// For the message of a failed scenario: what the plane said last.
+    pub fn report(&self) -> String {
+        let mut report = String::new();
+        for process in self.plane.iter().chain(&self.services) {
+            report.push_str(&format!("  last lines of {}:\n{}", process.name(), process.tail()));
+        }
+        report
+    }
+
+    /// Where the plane's output is now.
+    pub fn plane_mark(&self) -> Mark {
+        self.plane.as_ref().map(Process::mark).unwrap_or_default()
+    }
+}
+
+/// Status and body, as a machine sees them; 3 seconds at most.
+pub fn http_status(machine: &Machine, url: &str) -> anyhow::Result<(u16, String)> {
+    let text = machine.check("curl", ["-sS", "-m", "3", "-w", "\n%{http_code}", url])?;
+    let (body, status) = text.rsplit_once('\n').context("curl said no status")?;
+    Ok((status.trim().parse()?, body.to_owned()))
+}
+
+/// A certificate authority of a company, for names of its own.
+pub struct Ca {
+    /// PEM.
+    pub certificate: String,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl Ca {
+    pub fn new(name: &str) -> anyhow::Result<Self> {
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(rcgen::DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let certificate = params.self_signed(&key)?.pem();
+        Ok(Self { certificate, issuer: Issuer::new(params, key) })
+    }
+
+    /// Certificate and key for a server, PEM.
+    pub fn issue(&self, names: &[&str]) -> anyhow::Result<(String, String)> {
+        let key = KeyPair::generate()?;
+        let names = names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let certificate = CertificateParams::new(names)?.signed_by(&key, &self.issuer)?;
+        Ok((certificate.pem(), key.serialize_pem()))
+    }
+}
+
+/// A program of this workspace: beside the one that runs, where cargo puts them all.
+pub fn binary(name: &str) -> anyhow::Result<PathBuf> {
+    let own = std::env::current_exe()?;
+    let folder = own.parent().context("the program's folder")?;
+    let folder = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
+    let path = folder.join(name);
+    ensure!(path.exists(), "{} isn't built; run `cargo build --workspace --bins`", path.display());
+    Ok(path)
+}
+
+/// The Envoy that `dev/envoy` finds or fetches.
+pub fn envoy() -> anyhow::Result<PathBuf> {
+    if let Some(path) = std::env::var_os("ENVOY") {
+        return Ok(path.into());
+    }
+    let script = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../dev/envoy"));
+    let path = process::output(std::process::Command::new(script), Duration::from_secs(120))?;
+    Ok(path.trim().into())
+}
