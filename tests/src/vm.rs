@@ -115,6 +115,10 @@ impl Vm {
     pub fn name(&self) -> &str {
         self.machine.name()
     }
+    /// How others call what runs here: `ratings.bookinfo:8080`.
+    pub fn service(&self) -> String {
+        format!("{}.bookinfo:8080", self.group)
+    }
     /// Of its war.
     pub fn registration(&self) -> String {
         self.evidence.registration(&self.group)
@@ -221,6 +225,26 @@ impl Vm {
     /// Calls through the egress listener, by `host` header.
     pub fn call(&self, host: &str) -> anyhow::Result<Answer> {
         self.get_with("http://127.0.0.2:8080/", &["-H", &format!("Host: {host}")])
+    }
+
+    /// Such a call is refused by the sidecar, with 503, because it knows nobody to send it to.
+    pub fn call_unanswered(&self, host: &str) -> anyhow::Result<()> {
+        let text = self.curl(&["-w", "\n%{http_code}", "-H", &format!("Host: {host}"), "http://127.0.0.2:8080/"])?;
+        ensure!(text.ends_with("\n503"), "{host} from {}: {text}", self.name());
+        Ok(())
+    }
+
+    /// Process ids of this VM's programs whose command line begins with a path that ends in `name`.
+    pub fn pids(&self, name: &str) -> anyhow::Result<Vec<i32>> {
+        let namespace = std::fs::read_link(format!("/proc/{}/ns/net", self.machine.holder_pid()))?;
+        let of_here = std::fs::read_dir("/proc")?.flatten().filter_map(|entry| {
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            (std::fs::read_link(entry.path().join("ns/net")).ok()? == namespace).then_some(())?;
+            let line = std::fs::read(entry.path().join("cmdline")).ok()?;
+            let program = line.split(|byte| *byte == 0).next()?;
+            String::from_utf8_lossy(program).ends_with(name).then_some(pid)
+        });
+        Ok(of_here.collect())
     }
 
     /// Somebody in this VM who goes on calling `host` through the egress listener.

@@ -41,7 +41,14 @@ pub struct World {
     /// `example.org`.
     pub external: Machine,
     pub plane: Option<Process>,
-    services: Vec<Process>,
+    pub(crate) services: Vec<Process>,
+    pair: Option<Pair>,
+}
+
+/// A VM of `ratings` on EC2 and one of `productpage` on premises, joined, that reach each other.
+pub struct Pair {
+    pub ratings: Vm,
+    pub productpage: Vm,
 }
 
 impl World {
@@ -59,6 +66,7 @@ impl World {
             external,
             plane: None,
             services: Vec::new(),
+            pair: None,
         };
         world.write("company-ca.pem", &world.ca.certificate)?;
         world.prepare_manifests()?;
@@ -233,9 +241,50 @@ impl World {
         process::run(command, Duration::from_secs(20))
     }
 
+    /// Every WorkloadAutoRegistration, as `onboardctl workloads -o json` lists them.
+    pub fn registrations(&self) -> anyhow::Result<Vec<serde_json::Value>> {
+        let ended = self.onboardctl(&["workloads", "-A", "-o", "json"])?;
+        ensure!(ended.status.success(), "onboardctl workloads: {ended:?}");
+        let list: serde_json::Value = serde_json::from_str(&ended.stdout).context("reading onboardctl's list")?;
+        let items = list.get("items").unwrap_or(&list).as_array().context("onboardctl's list isn't one")?;
+        Ok(items.clone())
+    }
+
+    /// Its war says `AgentConnected=True`.
+    pub fn connected(&self, registration: &str) -> anyhow::Result<()> {
+        let wars = self.registrations()?;
+        let war = wars.iter().find(|war| war["metadata"]["name"] == registration);
+        let war = war.with_context(|| format!("{registration} isn't registered"))?;
+        let conditions = war["status"]["conditions"].as_array().context("it has no conditions")?;
+        let connected = conditions.iter().any(|is| is["type"] == "AgentConnected" && is["status"] == "True");
+        ensure!(connected, "{registration}: {}", war["status"]);
+        Ok(())
+    }
+
     /// A VM of this world, its clouds and its application up, its agent not started yet.
     pub fn vm(&self, name: &str, host: u8, group: &str, evidence: Evidence) -> anyhow::Result<Vm> {
         Vm::new(self, name, host, group, evidence)
+    }
+
+    /// The pair; who takes it gives it back with [`Self::keep`] as it was, or it is made anew for the next.
+    pub fn pair(&mut self) -> anyhow::Result<Pair> {
+        if let Some(pair) = self.pair.take() {
+            return Ok(pair);
+        }
+        let mut ratings = self.vm("vm1", 11, "ratings", Evidence::ec2("i-1234567890abcdef0", "ratings-role"))?;
+        let mut productpage = self.vm("vm2", 12, "productpage", Evidence::jwt("us-east-datacenter1-vm007"))?;
+        ratings.start_agent()?;
+        productpage.start_agent()?;
+        for vm in [&ratings, &productpage] {
+            vm.wait_live(Duration::from_secs(20))?;
+        }
+        let pair = Pair { ratings, productpage };
+        pair.wait_reachable()?;
+        Ok(pair)
+    }
+
+    pub fn keep(&mut self, pair: Pair) {
+        self.pair = Some(pair);
     }
 
     /// For the message of a failed scenario: what the plane said last.
@@ -250,6 +299,19 @@ impl World {
     /// Where the plane's output is now.
     pub fn plane_mark(&self) -> Mark {
         self.plane.as_ref().map(Process::mark).unwrap_or_default()
+    }
+}
+
+impl Pair {
+    /// Each gets an answer of the other.
+    pub fn wait_reachable(&self) -> anyhow::Result<()> {
+        for (from, to) in [(&self.productpage, &self.ratings), (&self.ratings, &self.productpage)] {
+            until(&format!("{} reaches {}", from.name(), to.name()), Duration::from_secs(20), || {
+                from.call(&to.service()).map(drop)
+            })
+            .with_context(|| format!("{}\n{}", from.report(), to.report()))?;
+        }
+        Ok(())
     }
 }
 

@@ -124,6 +124,11 @@ impl Machine {
         &self.directory
     }
 
+    /// The process that keeps the namespaces, for `/proc/<pid>/ns`.
+    pub fn holder_pid(&self) -> i32 {
+        self.holder.pid()
+    }
+
     /// A command that will run in this machine, with a clean environment, in a process group of its own.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new("nsenter");

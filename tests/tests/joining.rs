@@ -1,0 +1,221 @@
+//! Who joins, who doesn't, and what happens to those who have when the manifests change.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+
+use anyhow::{Context, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use onboarding_tests::scenario::{Scenario, run};
+use onboarding_tests::until::{always, until};
+use onboarding_tests::vm::Evidence;
+use onboarding_tests::world::{Setup, World};
+use std::process::ExitCode;
+use std::time::Duration;
+
+const SCENARIOS: &[Scenario] = &[
+    ("an_ec2_instance_and_a_host_with_a_jwt_join_and_call_each_other", join_and_call),
+    ("a_workload_that_no_policy_admits_is_told_why_and_joins_once_one_does", refused_then_admitted),
+    ("a_withdrawn_policy_ends_session_and_entry_within_a_second", withdrawn),
+    ("a_policy_that_cannot_be_read_ends_sessions_and_spares_traffic", broken_then_mended),
+    ("another_key_for_a_live_identity_is_refused_until_the_registration_is_deleted", two_agents_one_identity),
+    ("an_application_that_is_not_ready_gets_no_traffic", unready),
+    ("a_sidecar_that_crashes_is_started_again", crashed_sidecar),
+    ("a_new_certificate_of_the_endpoint_is_used_and_drops_nobody", endpoint_certificate),
+];
+
+fn main() -> ExitCode {
+    run(Setup::default(), SCENARIOS)
+}
+
+fn join_and_call(world: &mut World) -> anyhow::Result<()> {
+    let pair = world.pair()?;
+    let vm2 = &pair.productpage;
+    let written = vm2.agent_verb(&["hosts", "--write"])?;
+    ensure!(written.status.success(), "{written:?}");
+    let once = vm2.machine.hosts()?;
+    ensure!(once.contains("127.0.0.2") && once.starts_with("127.0.0.1 localhost"), "{once}");
+    ensure!(
+        vm2.agent_verb(&["hosts", "--write"])?.status.success() && vm2.machine.hosts()? == once,
+        "written twice differs"
+    );
+    for name in ["ratings.bookinfo", "ratings.bookinfo.svc", "ratings.bookinfo.svc.cluster.local"] {
+        let answer = vm2.get(&format!("http://{name}:8080/some/path"))?;
+        ensure!(answer.application == "ratings on vm1" && answer.path == "/some/path", "{answer:?}");
+        ensure!(answer.caller.as_deref() == Some("spiffe://cluster.local/ns/bookinfo/sa/productpage-vm"), "{answer:?}");
+        ensure!(answer.server.as_deref() == Some("spiffe://cluster.local/ns/bookinfo/sa/ratings-vm"), "{answer:?}");
+    }
+    let answer = vm2.get("http://example.org:8080/")?;
+    ensure!(answer.application == "example.org" && answer.caller.is_none(), "{answer:?}");
+    let forged =
+        ["-H", "x-forwarded-client-cert: By=spiffe://cluster.local/ns/a/sa/b;URI=spiffe://cluster.local/ns/c/sa/d"];
+    let answer = vm2.get_with("http://ratings.bookinfo:8080/", &forged)?;
+    ensure!(answer.caller.as_deref() == Some("spiffe://cluster.local/ns/bookinfo/sa/productpage-vm"), "{answer:?}");
+    let around = vm2.curl(&[&format!("http://{}:8080/", pair.ratings.machine.address())]);
+    ensure!(around.is_err(), "plain text was answered: {around:?}");
+    let wars = world.registrations()?;
+    for vm in [&pair.ratings, &pair.productpage] {
+        let war = wars.iter().find(|war| war["metadata"]["name"] == vm.registration().as_str());
+        let war = war.with_context(|| format!("{} isn't among {wars:?}", vm.registration()))?;
+        ensure!(
+            war["spec"]["registration"]["host"]["addresses"][0]["ip"] == vm.machine.address().to_string().as_str(),
+            "{war}"
+        );
+    }
+    world.keep(pair);
+    Ok(())
+}
+
+fn refused_then_admitted(world: &mut World) -> anyhow::Result<()> {
+    let mut vm = world.vm("vm3", 13, "ratings", Evidence::ec2("i-0fedcba9876543210", "details-role"))?;
+    vm.start_agent()?;
+    let line = vm
+        .agent()?
+        .wait_for_line(Duration::from_secs(10), |line| line.contains("Not authorized by OnboardingPolicy"))?;
+    ensure!(
+        line.contains("details-role") && line.contains("ratings-role"),
+        "the refusal doesn't say what stood in the way: {line}"
+    );
+    ensure!(
+        world.registrations()?.iter().all(|war| war["metadata"]["name"] != vm.registration().as_str()),
+        "it is registered"
+    );
+    let whole = world.manifest("ratings.yaml")?;
+    world.write_manifest("ratings.yaml", &whole.replace("- ratings-role #", "- details-role #"))?;
+    let joined = vm.wait_live(Duration::from_secs(40));
+    world.write_manifest("ratings.yaml", &whole)?;
+    joined
+}
+
+fn withdrawn(world: &mut World) -> anyhow::Result<()> {
+    let pair = world.pair()?;
+    let mark = pair.ratings.agent()?.mark();
+    let whole = world.withdraw("ratings.yaml", "OnboardingPolicy")?;
+    let ended = pair
+        .ratings
+        .agent()?
+        .wait_for_line_since(mark, Duration::from_secs(1), |line| line.to_lowercase().contains("withdrawn"));
+    let unreachable = until("ratings is unreachable", Duration::from_secs(2), || {
+        pair.productpage.call_unanswered("ratings.bookinfo:8080")
+    });
+    let others = pair.ratings.curl(&["http://localhost:15000/ready"]);
+    world.write_manifest("ratings.yaml", &whole)?;
+    ended?;
+    unreachable?;
+    ensure!(
+        others.as_ref().map_or(true, |body| !body.contains("LIVE")),
+        "the sidecar of a withdrawn workload is in the mesh: {others:?}"
+    );
+    pair.ratings.wait_live(Duration::from_secs(40))?;
+    pair.wait_reachable()?;
+    world.keep(pair);
+    Ok(())
+}
+
+fn broken_then_mended(world: &mut World) -> anyhow::Result<()> {
+    let pair = world.pair()?;
+    let mark = pair.ratings.agent()?.mark();
+    let whole = world.manifest("ratings.yaml")?;
+    world.write_manifest("ratings.yaml", &whole.replace("accounts:", "acounts:"))?;
+    let broken = (|| {
+        pair.ratings
+            .agent()?
+            .wait_for_line_since(mark, Duration::from_secs(2), |line| line.to_lowercase().contains("read"))?;
+        let unready = until("the plane says what is wrong", Duration::from_secs(5), || {
+            let faults = world.plane()?.lines_since(Default::default());
+            ensure!(
+                faults.iter().any(|line| line.contains("acounts") && line.contains("ratings.yaml")),
+                "no fault was logged"
+            );
+            Ok(())
+        });
+        unready?;
+        always("traffic flows", Duration::from_secs(2), || pair.productpage.call("ratings.bookinfo:8080").map(drop))
+    })();
+    world.write_manifest("ratings.yaml", &whole)?;
+    broken?;
+    let mark = pair.ratings.agent()?.mark();
+    let _ = mark;
+    until("the agent is connected again", Duration::from_secs(40), || world.connected(&pair.ratings.registration()))?;
+    pair.wait_reachable()?;
+    world.keep(pair);
+    Ok(())
+}
+
+fn two_agents_one_identity(world: &mut World) -> anyhow::Result<()> {
+    let pair = world.pair()?;
+    let mut double = world.vm("double", 14, "ratings", pair.ratings.evidence.clone())?;
+    double.start_agent()?;
+    let line = double.agent()?.wait_for_line(Duration::from_secs(10), |line| line.contains("another key"))?;
+    ensure!(line.contains("onboardctl workloads delete"), "the refusal doesn't name the way out: {line}");
+    let answer = pair.productpage.call("ratings.bookinfo:8080")?;
+    ensure!(answer.application == "ratings on vm1", "{answer:?}");
+    // The host was rebuilt, says the operator; the old one is gone.
+    let mut ratings = pair.ratings;
+    let productpage = pair.productpage;
+    ratings.machine.power_off()?;
+    drop(ratings.agent.take());
+    let deleted = world.onboardctl(&["workloads", "delete", &ratings.registration(), "-n", "bookinfo"])?;
+    ensure!(deleted.status.success(), "{deleted:?}");
+    double.wait_live(Duration::from_secs(40))?;
+    until("the new host answers", Duration::from_secs(10), || {
+        let answer = productpage.call("ratings.bookinfo:8080")?;
+        ensure!(answer.application == "ratings on double", "{answer:?}");
+        Ok(())
+    })?;
+    double.stop_agent()?;
+    Ok(())
+}
+
+fn unready(world: &mut World) -> anyhow::Result<()> {
+    let pair = world.pair()?;
+    pair.productpage.set_application_ready(false)?;
+    until("an unready application gets nothing", Duration::from_secs(10), || {
+        pair.ratings.call_unanswered("productpage.bookinfo:8080")
+    })?;
+    pair.productpage.set_application_ready(true)?;
+    pair.wait_reachable()?;
+    world.keep(pair);
+    Ok(())
+}
+
+fn crashed_sidecar(world: &mut World) -> anyhow::Result<()> {
+    let pair = world.pair()?;
+    let before = pair.ratings.pids("/envoy")?;
+    ensure!(before.len() == 1, "{before:?}");
+    kill(Pid::from_raw(before[0]), Signal::SIGSEGV)?;
+    until("another Envoy runs", Duration::from_secs(10), || {
+        let now = pair.ratings.pids("/envoy")?;
+        ensure!(now.len() == 1 && now != before, "{now:?}, it was {before:?}");
+        Ok(())
+    })?;
+    pair.ratings.wait_live(Duration::from_secs(10))?;
+    pair.wait_reachable()?;
+    world.keep(pair);
+    Ok(())
+}
+
+fn endpoint_certificate(world: &mut World) -> anyhow::Result<()> {
+    let pair = world.pair()?;
+    let serial = |world: &World| {
+        let script = format!(
+            "openssl s_client -connect {}:15443 -servername {} -alpn h2 </dev/null 2>/dev/null | openssl x509 -noout -serial",
+            world.plane_machine.address(),
+            onboarding_tests::world::ENDPOINT
+        );
+        world.cloud.check("sh", ["-c", &script])
+    };
+    let before = serial(world)?;
+    let marks = [pair.ratings.agent()?.mark(), pair.productpage.agent()?.mark()];
+    world.renew_endpoint_certificate()?;
+    until("the new certificate is shown", Duration::from_secs(5), || {
+        let now = serial(world)?;
+        ensure!(now != before && now.starts_with("serial="), "{now}");
+        Ok(())
+    })?;
+    for (vm, mark) in [&pair.ratings, &pair.productpage].into_iter().zip(marks) {
+        world.connected(&vm.registration())?;
+        let lines = vm.agent()?.lines_since(mark);
+        ensure!(!lines.iter().any(|line| line.contains("connect")), "the session was dropped: {lines:?}");
+    }
+    world.keep(pair);
+    Ok(())
+}
