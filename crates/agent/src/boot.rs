@@ -1,6 +1,8 @@
 //! The boot configuration that the agent holds: what came last, put together from differences, kept on disk.
 
+use aws_lc_rs::digest::{SHA256, digest};
 use onboarding_wire::onboarding as pb;
+use prost::Message;
 use std::collections::BTreeMap;
 
 /// Complete; what a sidecar is started from.
@@ -25,4 +27,231 @@ pub enum XdsType {
     Cluster,
     Endpoint,
     Route,
+}
+
+/// Why a boot configuration can't be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BootError {
+    #[error("the plane sent a difference to version {base:?}, and this agent holds {held:?}")]
+    AnotherBase { base: String, held: String },
+    #[error(
+        "the plane sent the boot files of an Istio sidecar, and this agent runs Envoy by itself; enrol with a plane of the standalone mesh"
+    )]
+    NotEnvoy,
+    #[error("the plane sent a boot configuration whose {field} {problem}")]
+    Malformed { field: &'static str, problem: String },
+}
+
+fn malformed(field: &'static str, problem: impl Into<String>) -> BootError {
+    BootError::Malformed { field, problem: problem.into() }
+}
+
+impl HeldBoot {
+    /// What is held after `message`, which is complete or a difference to `held`.
+    pub fn apply(held: Option<&Self>, message: pb::BootConfiguration) -> Result<Self, BootError> {
+        if message.version.is_empty() {
+            return Err(malformed("version", "is missing"));
+        }
+        let envoy = match message.sidecar {
+            Some(pb::boot_configuration::Sidecar::Envoy(envoy)) => envoy,
+            Some(pb::boot_configuration::Sidecar::Istio(_)) => return Err(BootError::NotEnvoy),
+            None => return Err(malformed("sidecar", "is missing")),
+        };
+        let mut resources = if envoy.base_version.is_empty() {
+            BTreeMap::new()
+        } else {
+            match held {
+                Some(held) if held.version == envoy.base_version => held.resources.clone(),
+                other => {
+                    return Err(BootError::AnotherBase {
+                        base: envoy.base_version,
+                        held: other.map(|held| held.version.clone()).unwrap_or_default(),
+                    });
+                }
+            }
+        };
+        for removed in envoy.removed {
+            resources.remove(&(xds_type(removed.r#type())?, removed.name));
+        }
+        for changed in envoy.changed {
+            let kind = xds_type(changed.r#type())?;
+            if changed.name.is_empty() {
+                return Err(malformed("resource", "has no name"));
+            }
+            // Envoy judges the content; that it is one JSON object is what the files are put together from.
+            let json = changed.json.as_ref();
+            if json.first() != Some(&b'{') || serde_json::from_slice::<serde::de::IgnoredAny>(json).is_err() {
+                return Err(malformed("resource", format!("{:?} is not a JSON object", changed.name)));
+            }
+            resources.insert((kind, changed.name), json.to_vec());
+        }
+        Ok(Self {
+            version: message.version,
+            spiffe_id: message.spiffe_id,
+            trust_domain: message.trust_domain,
+            node_id: envoy.node_id,
+            cluster: envoy.cluster,
+            resources,
+            probe: message.probe,
+            host_aliases: message.host_aliases,
+            ingress: message.ingress,
+            propagation_delay: message
+                .propagation_delay
+                .and_then(|delay| delay.try_into().ok())
+                .unwrap_or(std::time::Duration::from_secs(10)),
+        })
+    }
+
+    /// The whole of it as the message that would bring it.
+    pub fn to_message(&self) -> pb::BootConfiguration {
+        let changed = self.resources.iter().map(|((kind, name), json)| pb::XdsResource {
+            r#type: match kind {
+                XdsType::Listener => pb::XdsType::Listener,
+                XdsType::Cluster => pb::XdsType::Cluster,
+                XdsType::Endpoint => pb::XdsType::Endpoint,
+                XdsType::Route => pb::XdsType::Route,
+            }
+            .into(),
+            name: name.clone(),
+            json: json.clone().into(),
+        });
+        pb::BootConfiguration {
+            version: self.version.clone(),
+            spiffe_id: self.spiffe_id.clone(),
+            trust_domain: self.trust_domain.clone(),
+            sidecar: Some(pb::boot_configuration::Sidecar::Envoy(pb::EnvoyBoot {
+                base_version: String::new(),
+                changed: changed.collect(),
+                removed: Vec::new(),
+                node_id: self.node_id.clone(),
+                cluster: self.cluster.clone(),
+            })),
+            probe: self.probe.clone(),
+            host_aliases: self.host_aliases.clone(),
+            ingress: self.ingress.clone(),
+            propagation_delay: self.propagation_delay.try_into().ok(),
+        }
+    }
+
+    /// For the disk: SHA-256 of what follows, then the message.
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        let message = self.to_message().encode_to_vec();
+        let mut bytes = digest(&SHA256, &message).as_ref().to_vec();
+        bytes.extend_from_slice(&message);
+        bytes
+    }
+
+    /// `None`: damaged.
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (sum, message) = bytes.split_at_checked(32)?;
+        if digest(&SHA256, message).as_ref() != sum {
+            return None;
+        }
+        Self::apply(None, pb::BootConfiguration::decode(message).ok()?).ok()
+    }
+}
+
+fn xds_type(kind: pb::XdsType) -> Result<XdsType, BootError> {
+    Ok(match kind {
+        pb::XdsType::Listener => XdsType::Listener,
+        pb::XdsType::Cluster => XdsType::Cluster,
+        pb::XdsType::Endpoint => XdsType::Endpoint,
+        pb::XdsType::Route => XdsType::Route,
+        pb::XdsType::Unspecified => return Err(malformed("resource", "has no type")),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resource(kind: pb::XdsType, name: &str, json: &str) -> pb::XdsResource {
+        pb::XdsResource { r#type: kind.into(), name: name.to_owned(), json: json.as_bytes().to_vec().into() }
+    }
+
+    fn message(version: &str, envoy: pb::EnvoyBoot) -> pb::BootConfiguration {
+        pb::BootConfiguration {
+            version: version.to_owned(),
+            spiffe_id: "spiffe://cluster.local/ns/bookinfo/sa/ratings-vm".to_owned(),
+            sidecar: Some(pb::boot_configuration::Sidecar::Envoy(envoy)),
+            ..Default::default()
+        }
+    }
+
+    fn first() -> HeldBoot {
+        let envoy = pb::EnvoyBoot {
+            changed: vec![
+                resource(pb::XdsType::Listener, "a", r#"{"a":1}"#),
+                resource(pb::XdsType::Cluster, "a", r#"{"c":1}"#),
+            ],
+            ..Default::default()
+        };
+        HeldBoot::apply(None, message("1", envoy)).unwrap()
+    }
+
+    fn names(boot: &HeldBoot) -> Vec<(XdsType, &str)> {
+        boot.resources.keys().map(|(kind, name)| (*kind, name.as_str())).collect()
+    }
+
+    #[test]
+    fn a_difference_changes_what_it_names() {
+        let envoy = pb::EnvoyBoot {
+            base_version: "1".to_owned(),
+            changed: vec![
+                resource(pb::XdsType::Cluster, "b", r#"{"c":2}"#),
+                resource(pb::XdsType::Listener, "a", r#"{"a":2}"#),
+            ],
+            removed: vec![pb::XdsResourceName { r#type: pb::XdsType::Cluster.into(), name: "a".to_owned() }],
+            ..Default::default()
+        };
+        let next = HeldBoot::apply(Some(&first()), message("2", envoy)).unwrap();
+        assert_eq!(names(&next), [(XdsType::Listener, "a"), (XdsType::Cluster, "b")]);
+        assert_eq!(next.resources[&(XdsType::Listener, "a".to_owned())], br#"{"a":2}"#);
+        assert_eq!(next.version, "2");
+    }
+
+    #[test]
+    fn a_complete_one_drops_what_it_does_not_name() {
+        let envoy = pb::EnvoyBoot { changed: vec![resource(pb::XdsType::Route, "r", "{}")], ..Default::default() };
+        let next = HeldBoot::apply(Some(&first()), message("2", envoy)).unwrap();
+        assert_eq!(names(&next), [(XdsType::Route, "r")]);
+    }
+
+    #[test]
+    fn a_difference_to_something_else_is_refused() {
+        let envoy = || pb::EnvoyBoot { base_version: "0".to_owned(), ..Default::default() };
+        let error = HeldBoot::apply(Some(&first()), message("2", envoy())).unwrap_err();
+        assert_eq!(error, BootError::AnotherBase { base: "0".to_owned(), held: "1".to_owned() });
+        let error = HeldBoot::apply(None, message("2", envoy())).unwrap_err();
+        assert_eq!(error, BootError::AnotherBase { base: "0".to_owned(), held: String::new() });
+    }
+
+    #[test]
+    fn what_is_not_whole_is_refused() {
+        let apply = |message| HeldBoot::apply(None, message).unwrap_err().to_string();
+        assert!(apply(message("", pb::EnvoyBoot::default())).contains("version is missing"));
+        assert!(apply(pb::BootConfiguration { version: "1".to_owned(), ..Default::default() }).contains("sidecar"));
+        let istio = pb::BootConfiguration {
+            version: "1".to_owned(),
+            sidecar: Some(pb::boot_configuration::Sidecar::Istio(pb::IstioBoot::default())),
+            ..Default::default()
+        };
+        assert_eq!(HeldBoot::apply(None, istio), Err(BootError::NotEnvoy));
+        for (kind, name, json, words) in [
+            (pb::XdsType::Unspecified, "a", "{}", "has no type"),
+            (pb::XdsType::Listener, "", "{}", "has no name"),
+            (pb::XdsType::Listener, "a", "{", "not a JSON object"),
+            (pb::XdsType::Listener, "a", "[]", "not a JSON object"),
+        ] {
+            let envoy = pb::EnvoyBoot { changed: vec![resource(kind, name, json)], ..Default::default() };
+            let text = apply(message("1", envoy));
+            assert!(text.contains(words), "{text}");
+        }
+    }
+
+    #[test]
+    fn survives_the_disk() {
+        let boot = first();
+        assert_eq!(HeldBoot::from_bytes(&boot.to_bytes()), Some(HeldBoot { ..boot }));
+    }
 }

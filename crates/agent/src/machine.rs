@@ -1,0 +1,742 @@
+//! What the agent does next: a pure function of what it knows, what happened, and when.
+//!
+//! The driver (`run`) turns the world into [`Event`]s, calls [`step`], and carries out the [`Effect`]s in order. Nothing here awaits,
+//! reads a clock, or rolls dice: the time to wait comes from [`Delays`].
+//!
+//! The sidecar's life and the session's are independent on purpose: a plane that stops, a connection that breaks and a token that
+//! can't be renewed leave the sidecar alone. Only a withdrawn admission and the agent's own end take it down.
+
+use jiff::{SignedDuration, Timestamp};
+use std::time::Duration;
+
+/// Everything the agent knows that decisions are made of. Secrets and large values stay in the driver.
+#[derive(Debug, Clone, PartialEq)]
+pub struct State {
+    pub phase: Phase,
+    /// Since when `phase` is what it is.
+    pub since: Timestamp,
+    /// Why the last attempt at anything failed; cleared once a session is open.
+    pub last_error: Option<String>,
+    pub token: Option<Token>,
+    pub certificate: Option<Certificate>,
+    pub boot: Option<Boot>,
+    pub sidecar: Sidecar,
+    pub health: Option<Health>,
+    /// How far this host's clock is ahead of the plane's, where that is worth a warning.
+    pub clock_skew: Option<SignedDuration>,
+    renewal: Errand,
+    signing: Errand,
+    /// Since when every attempt ended with "no policy admits this workload".
+    not_admitted_since: Option<Timestamp>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Phase {
+    /// Connecting, and asking the plane for its UID and a challenge.
+    Starting,
+    /// Gathering what the host can show.
+    Attesting,
+    Authorizing,
+    /// Registering, then opening the session.
+    Registering {
+        /// The token is from before this connection, so a refusal means: attest again.
+        kept_token: bool,
+    },
+    Connected,
+    WaitingToRetry {
+        until: Timestamp,
+        why: String,
+    },
+    Draining(Leaving),
+    Stopped,
+}
+
+/// The steps of a goodbye, each with the moment at which the next begins at the latest.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Leaving {
+    Unregistering {
+        until: Timestamp,
+    },
+    /// The mesh is being told; the sidecar serves on.
+    Propagating {
+        until: Timestamp,
+    },
+    Sidecar {
+        until: Timestamp,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Token {
+    pub registration: String,
+    pub issued_at: Timestamp,
+    pub expires_at: Timestamp,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Certificate {
+    pub spiffe_id: String,
+    pub obtained_at: Timestamp,
+    pub expires_at: Timestamp,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Boot {
+    pub version: String,
+    pub spiffe_id: String,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Sidecar {
+    Absent,
+    Starting,
+    Live,
+    NotLive { why: String },
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Health {
+    pub ready: bool,
+    pub message: String,
+}
+
+/// Something that is asked for now and then beside the session.
+#[derive(Debug, Clone, PartialEq)]
+enum Errand {
+    Idle,
+    Asked { since: Timestamp },
+    Again { at: Timestamp },
+}
+
+/// Which call was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Call {
+    Discover,
+    Authorize,
+    Register,
+    Session,
+    /// Re-attestation beside a session.
+    Renew,
+}
+
+/// What matters of a gRPC status.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Code {
+    /// Unauthenticated or NotFound: the token, or what it stood for, is no good any more.
+    Unauthenticated,
+    PermissionDenied,
+    Other,
+}
+
+/// How a session ended; `proto` SessionEnd.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SessionEnd {
+    Replaced,
+    Withdrawn,
+    PolicyUnreadable,
+    Deleted,
+    Unregistered,
+    TokenExpired,
+    PlaneStopping,
+    Unspecified,
+}
+
+/// Everything that can happen to an agent.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// The process started, with what the disk held.
+    Begin,
+    /// Connected, and the plane said who it is.
+    Discovered {
+        clock_skew: SignedDuration,
+    },
+    EvidenceReady,
+    EvidenceFailed {
+        why: String,
+    },
+    Authorized(Token),
+    Refused {
+        call: Call,
+        code: Code,
+        why: String,
+        /// How long the plane asked to wait at least.
+        pushback: Option<Duration>,
+    },
+    Registered,
+    SessionOpened,
+    /// A boot configuration came and is held now.
+    BootReceived(Boot),
+    /// One came that can't be used. `complete`: a complete one would do.
+    BootUnusable {
+        why: String,
+        complete: bool,
+    },
+    CertificateIssued(Certificate),
+    CertificateRefused {
+        why: String,
+    },
+    SessionEnded {
+        reason: SessionEnd,
+        message: String,
+    },
+    /// Connecting failed, or what was connected isn't any more, or an answer didn't come in time.
+    ConnectionLost {
+        why: String,
+    },
+    SidecarLive,
+    SidecarNotLive {
+        why: String,
+    },
+    /// It was asked to go, and is gone.
+    SidecarGone,
+    ProbeResult(Health),
+    StopRequested,
+    /// The goodbye was answered, or (`None`) can't be said.
+    Unregistered {
+        propagation_delay: Option<Duration>,
+    },
+    /// [`State::wakes_at`] has come.
+    Tick,
+}
+
+/// What the driver does, in this order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Effect {
+    /// A new connection, and Discover on it.
+    Connect,
+    /// Discover on the connection there is: a fresh challenge.
+    Discover,
+    GatherEvidence,
+    Authorize,
+    Register {
+        /// With a proof of the key: the first use of a kept token on a connection.
+        prove: bool,
+    },
+    /// `complete`: say that nothing is held, so that the plane sends all of it.
+    OpenSession {
+        complete: bool,
+    },
+    Disconnect,
+    /// Discover, gather and authorize once more, beside the session.
+    RenewToken,
+    AnnounceToken,
+    RequestCertificate,
+    StartSidecar,
+    ApplyBoot,
+    RotateCertificate,
+    /// Drain, then stop; [`Event::SidecarGone`] follows.
+    StopSidecar,
+    /// Probe the application as the boot configuration says.
+    WatchApplication,
+    ReportHealth,
+    ForgetToken,
+    /// And the certificate with it.
+    ForgetBoot,
+    Unregister,
+}
+
+/// Which time to wait is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wait {
+    /// The next of the exponential series.
+    Next,
+    /// The series starts anew: what failed had worked for a while.
+    First,
+    /// At least this long: the plane asked for it.
+    Pushback(Duration),
+    /// Only so long that not everybody comes at the same moment.
+    AtOnce,
+}
+
+/// The dice and the series of delays: not pure, so not the machine's.
+pub trait Delays {
+    fn delay(&mut self, wait: Wait) -> Duration;
+}
+
+/// A clock that is further off than this is worth a warning: credentials live by minutes.
+pub const CLOCK_SKEW: SignedDuration = SignedDuration::from_secs(60);
+/// A token with less life than this left isn't worth starting with.
+const TOKEN_MARGIN: SignedDuration = SignedDuration::from_secs(10);
+/// A session that lived this long counts as success, so that the next wait is the first of the series.
+const LIVED: SignedDuration = SignedDuration::from_secs(30);
+/// The driver's calls are all bounded below this; past it something is lost, and the connection is given up.
+const NO_ANSWER: SignedDuration = SignedDuration::from_secs(300);
+const SIGNING_ANSWER: SignedDuration = SignedDuration::from_secs(30);
+/// How long a sidecar outlives "no policy admits this workload" at onboarding. A policy that can't be read counts as absent, so
+/// a typing error looks just like this; the entries live for the same grace period.
+pub const NOT_ADMITTED_GRACE: SignedDuration = SignedDuration::from_secs(300);
+
+// A goodbye takes at most the sum of these: 29 s, within the 30 s that the unit and ECS give.
+const UNREGISTER_WITHIN: SignedDuration = SignedDuration::from_secs(5);
+const LONGEST_PROPAGATION: SignedDuration = SignedDuration::from_secs(15);
+const SIDECAR_WITHIN: SignedDuration = SignedDuration::from_secs(9);
+
+impl State {
+    /// With what the disk held.
+    pub fn new(now: Timestamp, token: Option<Token>, certificate: Option<Certificate>, boot: Option<Boot>) -> Self {
+        Self {
+            phase: Phase::Starting,
+            since: now,
+            last_error: None,
+            token,
+            certificate,
+            boot,
+            sidecar: Sidecar::Absent,
+            health: None,
+            clock_skew: None,
+            renewal: Errand::Idle,
+            signing: Errand::Idle,
+            not_admitted_since: None,
+        }
+    }
+
+    /// When [`Event::Tick`] is due; `None` once it has stopped.
+    pub fn wakes_at(&self) -> Option<Timestamp> {
+        let phase = match &self.phase {
+            Phase::Stopped => return None,
+            Phase::WaitingToRetry { until, .. } => *until,
+            Phase::Draining(
+                Leaving::Unregistering { until } | Leaving::Propagating { until } | Leaving::Sidecar { until },
+            ) => return Some(*until),
+            Phase::Connected => return [self.token_due(), self.certificate_due()].into_iter().flatten().min(),
+            Phase::Starting | Phase::Attesting | Phase::Authorizing | Phase::Registering { .. } => {
+                after(self.since, NO_ANSWER)
+            }
+        };
+        Some(self.leaves_mesh_at().map_or(phase, |leaves| leaves.min(phase)))
+    }
+
+    /// Whether the certificate would be accepted by a peer now, and is the one that the boot configuration is for.
+    pub fn certificate_usable(&self, now: Timestamp) -> bool {
+        match (&self.certificate, &self.boot) {
+            (Some(certificate), Some(boot)) => certificate.expires_at > now && certificate.spiffe_id == boot.spiffe_id,
+            _ => false,
+        }
+    }
+
+    fn token_usable(&self, now: Timestamp) -> bool {
+        self.token.as_ref().is_some_and(|token| token.expires_at > after(now, TOKEN_MARGIN))
+    }
+
+    /// When to renew the token: at two thirds of its life, or when the last failure says.
+    fn token_due(&self) -> Option<Timestamp> {
+        match &self.renewal {
+            Errand::Asked { since } => Some(after(*since, NO_ANSWER)),
+            Errand::Again { at } => Some(*at),
+            Errand::Idle => self.token.as_ref().map(|token| part(token.issued_at, token.expires_at, 2, 3)),
+        }
+    }
+
+    /// When to have a new certificate: at half of its life.
+    fn certificate_due(&self) -> Option<Timestamp> {
+        match &self.signing {
+            Errand::Asked { since } => Some(after(*since, SIGNING_ANSWER)),
+            Errand::Again { at } => Some(*at),
+            Errand::Idle => {
+                self.certificate.as_ref().map(|certificate| part(certificate.obtained_at, certificate.expires_at, 1, 2))
+            }
+        }
+    }
+
+    /// When a sidecar that no policy admits any more has to go.
+    fn leaves_mesh_at(&self) -> Option<Timestamp> {
+        if self.sidecar == Sidecar::Absent {
+            return None;
+        }
+        self.not_admitted_since.map(|since| after(since, NOT_ADMITTED_GRACE))
+    }
+}
+
+fn after(moment: Timestamp, duration: SignedDuration) -> Timestamp {
+    moment.checked_add(duration).unwrap_or(Timestamp::MAX)
+}
+
+fn plus(moment: Timestamp, duration: Duration) -> Timestamp {
+    moment.checked_add(duration).unwrap_or(Timestamp::MAX)
+}
+
+/// `from` plus that part of the way to `to`.
+fn part(from: Timestamp, to: Timestamp, numerator: i64, denominator: i64) -> Timestamp {
+    let life = to.as_second().saturating_sub(from.as_second()).max(0);
+    after(from, SignedDuration::from_secs(life.saturating_mul(numerator) / denominator))
+}
+
+/// What `event` makes of `state`, and what has to be done about it.
+pub fn step(state: &mut State, event: Event, now: Timestamp, delays: &mut dyn Delays) -> Vec<Effect> {
+    let mut step = Step { state, now, delays, effects: Vec::new() };
+    match step.state.phase {
+        Phase::Stopped => {}
+        Phase::Draining(_) => step.draining(event),
+        _ => step.living(event),
+    }
+    step.effects
+}
+
+struct Step<'a> {
+    state: &'a mut State,
+    now: Timestamp,
+    delays: &'a mut dyn Delays,
+    effects: Vec<Effect>,
+}
+
+impl Step<'_> {
+    fn living(&mut self, event: Event) {
+        match event {
+            Event::Begin => {
+                if self.state.certificate_usable(self.now) {
+                    self.start_sidecar();
+                    self.effects.push(Effect::WatchApplication);
+                }
+                self.connect();
+            }
+            Event::Discovered { clock_skew } => self.discovered(clock_skew),
+            Event::EvidenceReady => {
+                if self.state.phase == Phase::Attesting {
+                    self.enter(Phase::Authorizing);
+                    self.effects.push(Effect::Authorize);
+                }
+            }
+            Event::EvidenceFailed { why } => match self.state.phase {
+                Phase::Attesting => self.retry(Wait::Next, why),
+                Phase::Connected => self.renewal_failed(Wait::Next, why),
+                _ => {}
+            },
+            Event::Authorized(token) => self.authorized(token),
+            Event::Refused { call, code, why, pushback } => self.refused(call, code, why, pushback),
+            Event::Registered => {
+                if matches!(self.state.phase, Phase::Registering { .. }) {
+                    self.effects.push(Effect::OpenSession { complete: self.state.boot.is_none() });
+                }
+            }
+            Event::SessionOpened => self.session_opened(),
+            Event::BootReceived(boot) => self.boot_received(boot),
+            Event::BootUnusable { why, complete } => {
+                if self.state.phase == Phase::Connected {
+                    self.state.last_error = Some(why.clone());
+                    if complete {
+                        self.enter(Phase::Registering { kept_token: true });
+                        self.effects.push(Effect::OpenSession { complete: true });
+                    }
+                }
+            }
+            Event::CertificateIssued(certificate) => self.certificate_issued(certificate),
+            Event::CertificateRefused { why } => {
+                if matches!(self.state.signing, Errand::Asked { .. }) {
+                    self.state.last_error = Some(why);
+                    let delay = self.delays.delay(Wait::Next);
+                    self.state.signing = Errand::Again { at: plus(self.now, delay) };
+                }
+            }
+            Event::SessionEnded { reason, message } => self.session_ended(reason, message),
+            Event::ConnectionLost { why } => {
+                if !matches!(self.state.phase, Phase::WaitingToRetry { .. }) {
+                    let wait = self.wait_after_loss();
+                    self.retry(wait, why);
+                }
+            }
+            Event::SidecarLive => {
+                if self.state.sidecar != Sidecar::Absent {
+                    self.state.sidecar = Sidecar::Live;
+                }
+            }
+            Event::SidecarNotLive { why } => {
+                if self.state.sidecar != Sidecar::Absent {
+                    self.state.sidecar = Sidecar::NotLive { why };
+                }
+            }
+            // Of one that was asked to go when the admission was withdrawn.
+            Event::SidecarGone => {}
+            Event::ProbeResult(health) => {
+                self.state.health = Some(health);
+                if self.state.phase == Phase::Connected {
+                    self.effects.push(Effect::ReportHealth);
+                }
+            }
+            Event::StopRequested => self.leave(),
+            Event::Unregistered { .. } => {}
+            Event::Tick => self.tick(),
+        }
+    }
+
+    fn enter(&mut self, phase: Phase) {
+        self.state.phase = phase;
+        self.state.since = self.now;
+    }
+
+    fn connect(&mut self) {
+        self.enter(Phase::Starting);
+        self.effects.push(Effect::Connect);
+    }
+
+    /// Gives the connection up and waits.
+    fn retry(&mut self, wait: Wait, why: String) {
+        let delay = self.delays.delay(wait);
+        self.state.last_error = Some(why.clone());
+        self.state.renewal = Errand::Idle;
+        self.state.signing = Errand::Idle;
+        self.enter(Phase::WaitingToRetry { until: plus(self.now, delay), why });
+        self.effects.push(Effect::Disconnect);
+    }
+
+    fn wait_after_loss(&self) -> Wait {
+        let lived = self.state.phase == Phase::Connected && self.now.duration_since(self.state.since) >= LIVED;
+        if lived { Wait::First } else { Wait::Next }
+    }
+
+    fn discovered(&mut self, clock_skew: SignedDuration) {
+        if self.state.phase != Phase::Starting {
+            return;
+        }
+        self.state.clock_skew = Some(clock_skew).filter(|skew| skew.abs() > CLOCK_SKEW);
+        if self.state.token_usable(self.now) {
+            self.enter(Phase::Registering { kept_token: true });
+            self.effects.push(Effect::Register { prove: true });
+        } else {
+            self.forget_token();
+            self.enter(Phase::Attesting);
+            self.effects.push(Effect::GatherEvidence);
+        }
+    }
+
+    fn forget_token(&mut self) {
+        if self.state.token.take().is_some() {
+            self.effects.push(Effect::ForgetToken);
+        }
+    }
+
+    fn authorized(&mut self, token: Token) {
+        match self.state.phase {
+            Phase::Authorizing => {
+                self.state.token = Some(token);
+                self.state.not_admitted_since = None;
+                self.enter(Phase::Registering { kept_token: false });
+                self.effects.push(Effect::Register { prove: false });
+            }
+            Phase::Connected if matches!(self.state.renewal, Errand::Asked { .. }) => {
+                self.state.token = Some(token);
+                self.state.renewal = Errand::Idle;
+                self.effects.push(Effect::AnnounceToken);
+            }
+            _ => {}
+        }
+    }
+
+    fn refused(&mut self, call: Call, code: Code, why: String, pushback: Option<Duration>) {
+        let wait = pushback.map_or(Wait::Next, Wait::Pushback);
+        match (&self.state.phase, call) {
+            (Phase::Connected, Call::Renew) => self.renewal_failed(wait, why),
+            (Phase::Registering { kept_token: true }, Call::Register | Call::Session) if code != Code::Other => {
+                // The challenge is used up: ask for another on the same connection, and attest.
+                self.state.last_error = Some(why);
+                self.forget_token();
+                self.enter(Phase::Starting);
+                self.effects.push(Effect::Discover);
+            }
+            (Phase::Starting, Call::Discover)
+            | (Phase::Authorizing, Call::Authorize)
+            | (Phase::Registering { .. }, Call::Register | Call::Session) => {
+                // Only an admission ends this: a plane that is away meanwhile says nothing in favour.
+                if code == Code::PermissionDenied {
+                    self.state.not_admitted_since.get_or_insert(self.now);
+                }
+                if matches!(self.state.phase, Phase::Registering { .. }) && code != Code::Other {
+                    self.forget_token();
+                }
+                self.retry(wait, why);
+            }
+            _ => {}
+        }
+    }
+
+    /// What is valid stays in use; renewing is tried again.
+    fn renewal_failed(&mut self, wait: Wait, why: String) {
+        if matches!(self.state.renewal, Errand::Asked { .. }) {
+            let delay = self.delays.delay(wait);
+            self.state.last_error = Some(why);
+            self.state.renewal = Errand::Again { at: plus(self.now, delay) };
+        }
+    }
+
+    fn session_opened(&mut self) {
+        if !matches!(self.state.phase, Phase::Registering { .. }) {
+            return;
+        }
+        self.enter(Phase::Connected);
+        self.state.last_error = None;
+        self.state.not_admitted_since = None;
+        self.state.renewal = Errand::Idle;
+        self.state.signing = Errand::Idle;
+        if self.state.health.is_some() {
+            self.effects.push(Effect::ReportHealth);
+        }
+        // Asked for before the boot configuration comes: the plane decides the identity, and a round trip is saved.
+        if self.state.certificate.is_none() || self.certificate_is_due() {
+            self.request_certificate();
+        }
+    }
+
+    fn certificate_is_due(&self) -> bool {
+        self.state.certificate_due().is_some_and(|due| due <= self.now)
+    }
+
+    fn request_certificate(&mut self) {
+        self.state.signing = Errand::Asked { since: self.now };
+        self.effects.push(Effect::RequestCertificate);
+    }
+
+    fn boot_received(&mut self, boot: Boot) {
+        if self.state.phase != Phase::Connected {
+            return;
+        }
+        self.state.boot = Some(boot);
+        if self.state.sidecar != Sidecar::Absent {
+            self.effects.push(Effect::ApplyBoot);
+        } else if self.state.certificate_usable(self.now) {
+            self.start_sidecar();
+        }
+        if !self.state.certificate_usable(self.now) && self.state.signing == Errand::Idle {
+            self.request_certificate();
+        }
+        self.effects.push(Effect::WatchApplication);
+    }
+
+    fn start_sidecar(&mut self) {
+        self.state.sidecar = Sidecar::Starting;
+        self.effects.push(Effect::StartSidecar);
+    }
+
+    fn certificate_issued(&mut self, certificate: Certificate) {
+        if !matches!(self.state.signing, Errand::Asked { .. }) {
+            return;
+        }
+        self.state.signing = Errand::Idle;
+        self.state.certificate = Some(certificate);
+        if self.state.sidecar != Sidecar::Absent {
+            self.effects.push(Effect::RotateCertificate);
+        } else if self.state.certificate_usable(self.now) {
+            self.start_sidecar();
+        }
+    }
+
+    fn session_ended(&mut self, reason: SessionEnd, message: String) {
+        if self.state.phase != Phase::Connected {
+            if matches!(self.state.phase, Phase::Registering { .. }) {
+                self.retry(Wait::Next, message);
+            }
+            return;
+        }
+        let wait = match reason {
+            SessionEnd::Withdrawn => {
+                self.leave_mesh();
+                Wait::First
+            }
+            SessionEnd::Deleted | SessionEnd::TokenExpired => {
+                self.forget_token();
+                self.at_once()
+            }
+            SessionEnd::Unregistered => {
+                self.forget_token();
+                self.wait_after_loss()
+            }
+            SessionEnd::PlaneStopping => self.at_once(),
+            // Another process with this key: whoever waits longer lets the other live.
+            SessionEnd::Replaced | SessionEnd::PolicyUnreadable | SessionEnd::Unspecified => self.wait_after_loss(),
+        };
+        self.retry(wait, message);
+    }
+
+    /// At once, unless the session hardly lived: then this would be a hot loop.
+    fn at_once(&self) -> Wait {
+        match self.wait_after_loss() {
+            Wait::First => Wait::AtOnce,
+            other => other,
+        }
+    }
+
+    /// Nothing that this host holds admits it to the mesh any more.
+    fn leave_mesh(&mut self) {
+        if self.state.sidecar != Sidecar::Absent {
+            self.state.sidecar = Sidecar::Absent;
+            self.effects.push(Effect::StopSidecar);
+        }
+        self.forget_token();
+        self.state.boot = None;
+        self.state.certificate = None;
+        self.state.health = None;
+        self.effects.push(Effect::ForgetBoot);
+    }
+
+    fn tick(&mut self) {
+        if self.state.phase != Phase::Connected && self.state.leaves_mesh_at().is_some_and(|at| at <= self.now) {
+            self.leave_mesh();
+        }
+        match &self.state.phase {
+            Phase::WaitingToRetry { until, .. } if *until <= self.now => self.connect(),
+            Phase::Connected => {
+                if self.state.token_due().is_some_and(|due| due <= self.now) {
+                    self.state.renewal = Errand::Asked { since: self.now };
+                    self.effects.push(Effect::RenewToken);
+                }
+                if self.certificate_is_due() {
+                    self.request_certificate();
+                }
+            }
+            Phase::Starting | Phase::Attesting | Phase::Authorizing | Phase::Registering { .. }
+                if after(self.state.since, NO_ANSWER) <= self.now =>
+            {
+                self.retry(Wait::Next, "no answer for five minutes".to_owned());
+            }
+            _ => {}
+        }
+    }
+
+    fn leave(&mut self) {
+        if self.state.token.is_some() {
+            self.enter(Phase::Draining(Leaving::Unregistering { until: after(self.now, UNREGISTER_WITHIN) }));
+            self.effects.push(Effect::Unregister);
+        } else {
+            self.stop_sidecar_and_end();
+        }
+    }
+
+    fn stop_sidecar_and_end(&mut self) {
+        self.effects.push(Effect::Disconnect);
+        if self.state.sidecar == Sidecar::Absent {
+            self.enter(Phase::Stopped);
+        } else {
+            self.enter(Phase::Draining(Leaving::Sidecar { until: after(self.now, SIDECAR_WITHIN) }));
+            self.effects.push(Effect::StopSidecar);
+        }
+    }
+
+    fn draining(&mut self, event: Event) {
+        let Phase::Draining(leaving) = self.state.phase.clone() else { return };
+        match (leaving, event) {
+            (Leaving::Unregistering { .. }, Event::Unregistered { propagation_delay: Some(delay) }) => {
+                self.forget_token();
+                if self.state.sidecar == Sidecar::Absent {
+                    self.stop_sidecar_and_end();
+                    return;
+                }
+                let until = plus(self.now, delay).min(after(self.now, LONGEST_PROPAGATION));
+                self.enter(Phase::Draining(Leaving::Propagating { until }));
+            }
+            (Leaving::Unregistering { .. }, Event::Unregistered { propagation_delay: None }) => {
+                self.stop_sidecar_and_end();
+            }
+            (Leaving::Unregistering { until } | Leaving::Propagating { until }, Event::Tick) if until <= self.now => {
+                self.stop_sidecar_and_end();
+            }
+            (Leaving::Sidecar { .. }, Event::SidecarGone) => {
+                self.state.sidecar = Sidecar::Absent;
+                self.enter(Phase::Stopped);
+            }
+            (Leaving::Sidecar { until }, Event::Tick) if until <= self.now => self.enter(Phase::Stopped),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "machine_tests.rs"]
+mod tests;

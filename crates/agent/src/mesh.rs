@@ -1,0 +1,157 @@
+//! The workload's certificate in the mesh: a key made on this host for each one, and what the plane makes of its request.
+
+use crate::machine::Certificate;
+use crate::store::StoredIdentity;
+use jiff::Timestamp;
+use onboarding_wire::onboarding as pb;
+use rcgen::{CertificateParams, DistinguishedName, KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData};
+use x509_parser::extensions::GeneralName;
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+/// A request that was sent; its key leaves this host in no form.
+pub struct Pending {
+    key: KeyPair,
+    /// PKCS #10, DER.
+    pub csr: Vec<u8>,
+}
+
+/// Why a certificate can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum CertificateError {
+    #[error("making a key or a request for it failed: {0}")]
+    Request(#[from] rcgen::Error),
+    #[error("the plane sent a certificate that can't be read: {0}")]
+    Unreadable(&'static str),
+    #[error("the plane sent a certificate for another key")]
+    AnotherKey,
+    #[error("the plane sent a certificate without a SPIFFE ID")]
+    NoSpiffeId,
+    #[error("the plane sent a certificate that has expired already, or this host's clock is wrong")]
+    Expired,
+}
+
+impl Pending {
+    /// A new P-256 key, and the request for it. The plane decides the name.
+    pub fn new() -> Result<Self, CertificateError> {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let mut parameters = CertificateParams::default();
+        parameters.distinguished_name = DistinguishedName::new();
+        let csr = parameters.serialize_request(&key)?.der().to_vec();
+        Ok(Self { key, csr })
+    }
+
+    /// The certificate with its key, if it is for this key and of use.
+    pub fn accept(&self, answer: pb::Certificate, now: Timestamp) -> Result<StoredIdentity, CertificateError> {
+        let unreadable = CertificateError::Unreadable;
+        let block = pem::parse(answer.chain.as_bytes()).map_err(|_| unreadable("the chain is not PEM"))?;
+        let (_, leaf) = X509Certificate::from_der(block.contents()).map_err(|_| unreadable("not X.509"))?;
+        if leaf.public_key().raw != self.key.subject_public_key_info() {
+            return Err(CertificateError::AnotherKey);
+        }
+        if pem::parse_many(answer.roots.as_bytes()).map_or(0, |roots| roots.len()) == 0 {
+            return Err(unreadable("the roots are not PEM"));
+        }
+        let spiffe_id = leaf
+            .subject_alternative_name()
+            .ok()
+            .flatten()
+            .and_then(|names| {
+                names.value.general_names.iter().find_map(|name| match name {
+                    GeneralName::URI(uri) if uri.starts_with("spiffe://") => Some((*uri).to_owned()),
+                    _ => None,
+                })
+            })
+            .ok_or(CertificateError::NoSpiffeId)?;
+        let expires_at = Timestamp::from_second(leaf.validity().not_after.timestamp())
+            .map_err(|_| unreadable("its end is out of range"))?;
+        if expires_at <= now {
+            return Err(CertificateError::Expired);
+        }
+        Ok(StoredIdentity {
+            certificate_chain: answer.chain,
+            private_key: self.key.serialize_pem(),
+            roots: answer.roots,
+            spiffe_id,
+            obtained_at: now,
+            expires_at,
+        })
+    }
+}
+
+impl StoredIdentity {
+    /// What the machine decides by.
+    pub fn facts(&self) -> Certificate {
+        Certificate { spiffe_id: self.spiffe_id.clone(), obtained_at: self.obtained_at, expires_at: self.expires_at }
+    }
+
+    /// What the sidecar is given.
+    pub fn for_sidecar(&self) -> crate::sidecar::Identity {
+        crate::sidecar::Identity {
+            certificate_chain: self.certificate_chain.clone(),
+            private_key: self.private_key.clone(),
+            roots: self.roots.clone(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rcgen::{CertificateSigningRequestParams, Issuer, SanType};
+    use std::time::Duration;
+
+    struct Ca {
+        issuer: Issuer<'static, KeyPair>,
+        root: String,
+    }
+
+    fn ca() -> Ca {
+        let key = KeyPair::generate().unwrap();
+        let mut parameters = CertificateParams::default();
+        parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let root = parameters.self_signed(&key).unwrap().pem();
+        Ca { issuer: Issuer::new(parameters, key), root }
+    }
+
+    fn sign(ca: &Ca, csr: &[u8], uri: Option<&str>, ends_in: i64) -> pb::Certificate {
+        let mut request = CertificateSigningRequestParams::from_der(&csr.to_vec().into()).unwrap();
+        let now = std::time::SystemTime::now();
+        request.params.not_before = (now - Duration::from_secs(7200)).into();
+        request.params.not_after = if ends_in < 0 {
+            (now - Duration::from_secs(ends_in.unsigned_abs())).into()
+        } else {
+            (now + Duration::from_secs(ends_in.unsigned_abs())).into()
+        };
+        request.params.subject_alt_names = uri.map(|uri| SanType::URI(uri.try_into().unwrap())).into_iter().collect();
+        let chain = request.signed_by(&ca.issuer).unwrap().pem();
+        pb::Certificate { chain, roots: ca.root.clone(), expires_at: None }
+    }
+
+    const ID: &str = "spiffe://cluster.local/ns/bookinfo/sa/ratings-vm";
+
+    #[test]
+    fn a_certificate_for_the_key_is_accepted() {
+        let (ca, pending) = (ca(), Pending::new().unwrap());
+        let identity = pending.accept(sign(&ca, &pending.csr, Some(ID), 3600), Timestamp::now()).unwrap();
+        assert_eq!(identity.spiffe_id, ID);
+        assert!(identity.private_key.contains("PRIVATE KEY"));
+        let left = identity.expires_at.duration_since(Timestamp::now()).as_secs();
+        assert!((3500..=3600).contains(&left), "{left}");
+    }
+
+    #[test]
+    fn others_are_refused() {
+        let (ca, pending, other) = (ca(), Pending::new().unwrap(), Pending::new().unwrap());
+        let now = Timestamp::now();
+        let refuse = |answer| pending.accept(answer, now).err().unwrap();
+        assert!(matches!(refuse(sign(&ca, &other.csr, Some(ID), 3600)), CertificateError::AnotherKey));
+        assert!(matches!(refuse(sign(&ca, &pending.csr, None, 3600)), CertificateError::NoSpiffeId));
+        assert!(matches!(refuse(sign(&ca, &pending.csr, Some("https://x"), 3600)), CertificateError::NoSpiffeId));
+        assert!(matches!(refuse(sign(&ca, &pending.csr, Some(ID), -60)), CertificateError::Expired));
+        let good = sign(&ca, &pending.csr, Some(ID), 3600);
+        let chain = pb::Certificate { chain: "garbage".to_owned(), ..good.clone() };
+        assert!(matches!(refuse(chain), CertificateError::Unreadable(_)));
+        let roots = pb::Certificate { roots: String::new(), ..good };
+        assert!(matches!(refuse(roots), CertificateError::Unreadable(_)));
+    }
+}
