@@ -1,0 +1,314 @@
+//! Boot configurations and certificates of the sidecars of this mesh.
+//!
+//! One task follows the configuration and the registrations and makes the next [`World`]; each agent's stream looks at its own part of it.
+
+use crate::ca::{self, CaError, MeshCa};
+use crate::mesh::MeshConfig;
+use crate::sqlite::SqliteRegistry;
+use crate::world::{Look, Rendered, World};
+use async_trait::async_trait;
+use futures_util::stream::{self, BoxStream, StreamExt};
+use jiff::Timestamp;
+use onboarding_core::name::RegistrationName;
+use onboarding_core::registration::State;
+use onboarding_endpoint::backend::{ProvisionError, Provisioner, Workload};
+use onboarding_wire::onboarding::{BootConfiguration, Certificate, SidecarReport};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+/// Between two worlds: while ten thousand agents come back, one world takes in hundreds of them.
+const GAP: Duration = Duration::from_millis(100);
+/// Versions of one workload to which a difference can be made when it comes back.
+const REMEMBERED: usize = 3;
+
+pub struct MeshProvisioner {
+    ca: Arc<MeshCa>,
+    registry: SqliteRegistry,
+    worlds: watch::Receiver<Arc<World>>,
+    history: Arc<History>,
+    metrics: Metrics,
+}
+
+/// What each workload was given last.
+#[derive(Default)]
+struct History(Mutex<HashMap<RegistrationName, VecDeque<Rendered>>>);
+
+impl MeshProvisioner {
+    /// Makes the first world, and starts a task that follows the changes until `stop`. `faults` gets what is wrong with the mesh.
+    pub fn start(
+        ca: Arc<MeshCa>,
+        registry: SqliteRegistry,
+        mut mesh: watch::Receiver<Arc<MeshConfig>>,
+        faults: watch::Sender<Vec<String>>,
+        metrics: &mut prometheus_client::registry::Registry,
+        stop: CancellationToken,
+    ) -> (Arc<Self>, tokio::task::JoinHandle<()>) {
+        let metrics = Metrics::register(metrics);
+        let changes = registry.changes();
+        let mut world = Arc::new(next(&World::empty(ca.trust_domain()), mesh.borrow_and_update().clone(), &registry));
+        let worlds = watch::Sender::new(world.clone());
+        let history = Arc::new(History::default());
+        let provisioner = Arc::new(Self {
+            ca,
+            registry: registry.clone(),
+            worlds: worlds.subscribe(),
+            history: history.clone(),
+            metrics: metrics.clone(),
+        });
+        say(&faults, &world);
+        metrics.members.set(world.len() as i64);
+        let task = tokio::spawn(async move {
+            loop {
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    changed = mesh.changed() => if changed.is_err() { return },
+                    () = changes.wait() => {}
+                }
+                let started = Instant::now();
+                let (before, config, registry) = (world.clone(), mesh.borrow_and_update().clone(), registry.clone());
+                match tokio::task::spawn_blocking(move || next(&before, config, &registry)).await {
+                    Ok(made) => world = Arc::new(made),
+                    Err(error) => {
+                        tracing::error!(%error, "making the mesh's configuration failed; it is no longer followed");
+                        return;
+                    }
+                }
+                history.forget(&world);
+                metrics.worlds.observe(started.elapsed().as_secs_f64());
+                metrics.members.set(world.len() as i64);
+                say(&faults, &world);
+                worlds.send_replace(world.clone());
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    () = tokio::time::sleep(GAP) => {}
+                }
+            }
+        });
+        (provisioner, task)
+    }
+}
+
+fn next(before: &World, mesh: Arc<MeshConfig>, registry: &SqliteRegistry) -> World {
+    let changed = registry.changes().take().into_iter().map(|name| {
+        let live = registry.live(&name);
+        (name, live)
+    });
+    before.next(mesh, changed.collect())
+}
+
+fn say(faults: &watch::Sender<Vec<String>>, world: &World) {
+    faults.send_if_modified(|held| {
+        let differs = *held != world.faults;
+        held.clone_from(&world.faults);
+        differs
+    });
+}
+
+#[async_trait]
+impl Provisioner for MeshProvisioner {
+    fn boot(&self, workload: &Workload, held: &str) -> BoxStream<'static, Result<BootConfiguration, ProvisionError>> {
+        let follower = Follower {
+            name: workload.name.clone(),
+            worlds: self.worlds.clone(),
+            registry: self.registry.clone(),
+            history: self.history.clone(),
+            metrics: self.metrics.clone(),
+            held: held.to_owned(),
+            had: None,
+            problem: None,
+        };
+        stream::unfold(follower, |mut follower| async { follower.next().await.map(|item| (item, follower)) }).boxed()
+    }
+
+    async fn certificate(&self, workload: &Workload, csr: &[u8]) -> Result<Certificate, ProvisionError> {
+        let issued = self.issue(workload, csr);
+        let outcome = if issued.is_ok() { "issued" } else { "refused" };
+        self.metrics.certificates.get_or_create(&Outcome { outcome }).inc();
+        issued
+    }
+
+    fn reported(&self, workload: &Workload, report: &SidecarReport) {
+        let outcome = if report.accepted { "accepted" } else { "rejected" };
+        self.metrics.reports.get_or_create(&Outcome { outcome }).inc();
+        if !report.accepted {
+            let message: String = report.message.chars().take(1000).collect();
+            tracing::error!(
+                registration = %workload.name,
+                version = report.boot_version,
+                message = %message.escape_debug(),
+                "a sidecar refused its configuration and keeps the last good one"
+            );
+        }
+    }
+}
+
+impl MeshProvisioner {
+    fn issue(&self, workload: &Workload, csr: &[u8]) -> Result<Certificate, ProvisionError> {
+        let refused = |problem: String| Err(ProvisionError::Refused(problem));
+        let stored = self.registry.live(&workload.name);
+        match stored.as_ref().map(|stored| &stored.state) {
+            Some(State::Live(live)) if live.group == workload.group => {}
+            _ => return refused(format!("{} isn't registered in the group {}", workload.name, workload.group)),
+        }
+        let mesh = self.worlds.borrow().mesh.clone();
+        let Some(group) = mesh.groups.get(&workload.group) else {
+            return Err(ProvisionError::Unavailable(format!(
+                "the WorkloadGroup {} isn't in the manifests, and the identity in the mesh is its service account's",
+                workload.group
+            )));
+        };
+        let spiffe_id = ca::spiffe_id(self.ca.trust_domain(), &workload.group.namespace, &group.service_account);
+        match self.ca.issue(csr, &spiffe_id, Timestamp::now()) {
+            Ok(issued) => {
+                tracing::info!(registration = %workload.name, spiffe_id, expires_at = %issued.expires_at, "issued a certificate");
+                Ok(Certificate {
+                    chain: issued.chain,
+                    roots: self.ca.roots().to_owned(),
+                    expires_at: Some(prost_types::Timestamp {
+                        seconds: issued.expires_at.as_second(),
+                        nanos: issued.expires_at.subsec_nanosecond(),
+                    }),
+                })
+            }
+            Err(error @ CaError::BadRequest(_)) => refused(error.to_string()),
+            Err(error) => Err(ProvisionError::Unavailable(error.to_string())),
+        }
+    }
+}
+
+/// One agent's view of the worlds.
+struct Follower {
+    name: RegistrationName,
+    worlds: watch::Receiver<Arc<World>>,
+    registry: SqliteRegistry,
+    history: Arc<History>,
+    metrics: Metrics,
+    /// The version that the agent came with, until something was sent.
+    held: String,
+    had: Option<Rendered>,
+    /// The last thing that was said to be impossible.
+    problem: Option<String>,
+}
+
+impl Follower {
+    async fn next(&mut self) -> Option<Result<BootConfiguration, ProvisionError>> {
+        loop {
+            let world = self.worlds.borrow_and_update().clone();
+            match world.look(&self.name, self.had.as_ref()) {
+                Look::Same => {}
+                // A world may be a moment behind the registry.
+                Look::Gone => drop(self.registry.live(&self.name)?),
+                Look::Impossible(problem) => {
+                    if self.problem.as_ref() != Some(&problem) {
+                        self.problem = Some(problem.clone());
+                        return Some(Err(ProvisionError::Unavailable(problem)));
+                    }
+                }
+                Look::New(rendered) => {
+                    if let Some(boot) = self.give(*rendered) {
+                        return Some(Ok(boot));
+                    }
+                }
+            }
+            drop(world);
+            self.worlds.changed().await.ok()?;
+        }
+    }
+
+    /// The difference to what the agent has; `None` where it has just this.
+    fn give(&mut self, rendered: Rendered) -> Option<BootConfiguration> {
+        self.problem = None;
+        let held = match &self.had {
+            Some(had) => had.version.clone(),
+            None => std::mem::take(&mut self.held),
+        };
+        let boot = if held == rendered.version {
+            None
+        } else {
+            let base = self.had.take().or_else(|| self.history.find(&self.name, &held));
+            let kind = if base.is_some() { "difference" } else { "complete" };
+            self.metrics.boots.get_or_create(&Outcome { outcome: kind }).inc();
+            Some(rendered.message(base.as_ref()))
+        };
+        self.history.remember(&self.name, &rendered);
+        self.had = Some(rendered);
+        boot
+    }
+}
+
+impl History {
+    fn find(&self, name: &RegistrationName, version: &str) -> Option<Rendered> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.get(name)?.iter().find(|rendered| rendered.version == version).cloned()
+    }
+
+    fn remember(&self, name: &RegistrationName, rendered: &Rendered) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_this = all.entry(name.clone()).or_default();
+        of_this.retain(|held| held.version != rendered.version);
+        of_this.push_back(rendered.clone());
+        while of_this.len() > REMEMBERED {
+            of_this.pop_front();
+        }
+    }
+
+    fn forget(&self, world: &World) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|name, _| world.has(name));
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Outcome {
+    outcome: &'static str,
+}
+
+#[derive(Clone)]
+struct Metrics {
+    boots: Family<Outcome, Counter>,
+    certificates: Family<Outcome, Counter>,
+    reports: Family<Outcome, Counter>,
+    members: Gauge,
+    worlds: Histogram,
+}
+
+impl Metrics {
+    fn register(registry: &mut prometheus_client::registry::Registry) -> Self {
+        let metrics = Self {
+            boots: Family::default(),
+            certificates: Family::default(),
+            reports: Family::default(),
+            members: Gauge::default(),
+            worlds: Histogram::new(exponential_buckets(0.0005, 2.0, 14)),
+        };
+        registry.register(
+            "onboarding_mesh_boot_configurations",
+            "Boot configurations sent to agents, complete or as a difference",
+            metrics.boots.clone(),
+        );
+        registry.register(
+            "onboarding_mesh_certificates",
+            "Certificates of the mesh that were asked for",
+            metrics.certificates.clone(),
+        );
+        registry.register(
+            "onboarding_mesh_sidecar_reports",
+            "What sidecars made of their configurations",
+            metrics.reports.clone(),
+        );
+        registry.register("onboarding_mesh_workloads", "Workloads in the mesh", metrics.members.clone());
+        registry.register(
+            "onboarding_mesh_update_seconds",
+            "Time to work out the mesh after a change",
+            metrics.worlds.clone(),
+        );
+        metrics
+    }
+}

@@ -1,0 +1,272 @@
+//! A state as a row, and back.
+
+use jiff::Timestamp;
+use onboarding_core::identity::{Attested, Replay};
+use onboarding_core::name::{GroupName, RegistrationName};
+use onboarding_core::registration::{Connection as Session, DisconnectReason, Ended, Health, KeyMemory, Live, State};
+use onboarding_endpoint::backend::Stored;
+use onboarding_kinds::identity::{self, Case};
+use onboarding_kinds::war::report;
+use rusqlite::{Connection, named_params};
+
+/// The columns of a row but its name and version.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Row {
+    state: String,
+    key_thumbprint: Option<String>,
+    key_replay: Option<String>,
+    ended_at: Option<String>,
+    group_namespace: Option<String>,
+    group_name: Option<String>,
+    identity: Option<String>,
+    claimed_only: Option<String>,
+    issuer_short_name: Option<String>,
+    evidence_replay: Option<String>,
+    report: Option<String>,
+    created_at: Option<String>,
+    token_expires_at: Option<String>,
+    replica: Option<String>,
+    session: Option<String>,
+    connection_since: Option<String>,
+    disconnect_reason: Option<String>,
+    ready: Option<bool>,
+    health_message: Option<String>,
+}
+
+pub const SELECT: &str = "SELECT namespace, name, version, state, key_thumbprint, key_replay, ended_at, group_namespace, group_name, \
+     identity, claimed_only, issuer_short_name, evidence_replay, report, created_at, token_expires_at, replica, session, \
+     connection_since, disconnect_reason, ready, health_message FROM registration";
+
+const REPLACE: &str = "INSERT OR REPLACE INTO registration (namespace, name, version, state, key_thumbprint, key_replay, ended_at, \
+     group_namespace, group_name, identity, claimed_only, issuer_short_name, evidence_replay, report, created_at, token_expires_at, \
+     replica, session, connection_since, disconnect_reason, ready, health_message) \
+     VALUES (:namespace, :name, :version, :state, :key_thumbprint, :key_replay, :ended_at, :group_namespace, :group_name, :identity, \
+     :claimed_only, :issuer_short_name, :evidence_replay, :report, :created_at, :token_expires_at, :replica, :session, \
+     :connection_since, :disconnect_reason, :ready, :health_message)";
+
+impl Row {
+    /// `None` for `Absent`, which has no row. What is returned can be read back.
+    pub fn new(state: &State) -> Result<Option<Self>, String> {
+        let row = match state {
+            State::Absent => return Ok(None),
+            State::Ended(ended) => Self { state: "ended".to_owned(), ended_at: time(ended.at), ..Self::default() }
+                .with_key(ended.key.as_ref()),
+            State::Live(live) => Self::live(live)?,
+        };
+        row.state()?;
+        Ok(Some(row))
+    }
+
+    fn live(live: &Live) -> Result<Self, String> {
+        let mut row = Self {
+            state: "live".to_owned(),
+            group_namespace: Some(live.group.namespace.clone()),
+            group_name: Some(live.group.name.clone()),
+            identity: Some(identity::to_json(&live.attested.identity, Case::Camel).to_string()),
+            issuer_short_name: live.attested.issuer_short_name.clone(),
+            evidence_replay: Some(replay(live.attested.replay)),
+            report: Some(report::to_json(&live.report).to_string()),
+            created_at: time(live.created_at),
+            token_expires_at: time(live.token_expires_at),
+            ready: Some(live.health.ready),
+            health_message: Some(live.health.message.clone()),
+            ..Self::default()
+        };
+        match &live.connection {
+            Session::Connected { replica, session, since } => {
+                row.replica = Some(replica.clone());
+                row.session = Some(session.clone());
+                row.connection_since = time(*since);
+            }
+            Session::Disconnected { since, reason } => {
+                row.connection_since = time(*since);
+                row.disconnect_reason = Some(reason_name(*reason).to_owned());
+            }
+        }
+        Ok(row.with_key(Some(&live.key)))
+    }
+
+    fn with_key(mut self, key: Option<&KeyMemory>) -> Self {
+        self.key_thumbprint = key.map(|key| key.thumbprint.to_string());
+        self.key_replay = key.map(|key| replay(key.replay));
+        self
+    }
+
+    /// The state that this row is of.
+    pub fn state(&self) -> Result<State, String> {
+        let key = match (&self.key_thumbprint, &self.key_replay) {
+            (Some(thumbprint), Some(replay)) => Some(KeyMemory {
+                thumbprint: thumbprint.parse().map_err(|error| format!("key_thumbprint: {error}"))?,
+                replay: parse_replay(replay)?,
+            }),
+            (None, None) => None,
+            _ => return Err("half a key".to_owned()),
+        };
+        match self.state.as_str() {
+            "ended" => Ok(State::Ended(Ended { key, at: parse_time("ended_at", &self.ended_at)? })),
+            "live" => Ok(State::Live(Box::new(self.parse_live(key.ok_or("key_thumbprint is missing")?)?))),
+            other => Err(format!("state {other:?} is unknown")),
+        }
+    }
+
+    fn parse_live(&self, key: KeyMemory) -> Result<Live, String> {
+        let since = parse_time("connection_since", &self.connection_since)?;
+        let json = |column, text: &Option<String>| {
+            serde_json::from_str::<serde_json::Value>(needed(column, text)?)
+                .map_err(|error| format!("{column}: {error}"))
+        };
+        let claimed: Vec<String> = match &self.claimed_only {
+            Some(text) => serde_json::from_str(text).map_err(|error| format!("claimed_only: {error}"))?,
+            None => Vec::new(),
+        };
+        Ok(Live {
+            group: GroupName {
+                namespace: needed("group_namespace", &self.group_namespace)?.to_owned(),
+                name: needed("group_name", &self.group_name)?.to_owned(),
+            },
+            attested: Attested {
+                identity: identity::from_json(&json("identity", &self.identity)?, &claimed)
+                    .map_err(|problem| format!("identity: {problem}"))?,
+                issuer_short_name: self.issuer_short_name.clone(),
+                replay: parse_replay(needed("evidence_replay", &self.evidence_replay)?)?,
+            },
+            key,
+            report: report::from_json(&json("report", &self.report)?)
+                .map_err(|problem| format!("report: {problem}"))?,
+            created_at: parse_time("created_at", &self.created_at)?,
+            token_expires_at: parse_time("token_expires_at", &self.token_expires_at)?,
+            connection: match (&self.replica, &self.session, &self.disconnect_reason) {
+                (Some(replica), Some(session), None) => {
+                    Session::Connected { replica: replica.clone(), session: session.clone(), since }
+                }
+                (None, None, Some(reason)) => Session::Disconnected { since, reason: parse_reason(reason)? },
+                _ => return Err("neither connected nor disconnected".to_owned()),
+            },
+            health: Health {
+                ready: self.ready.ok_or("ready is missing")?,
+                message: needed("health_message", &self.health_message)?.to_owned(),
+            },
+        })
+    }
+
+    pub fn write(&self, connection: &Connection, name: &RegistrationName, version: u64) -> rusqlite::Result<()> {
+        connection.prepare_cached(REPLACE)?.execute(named_params! {
+            ":namespace": name.namespace,
+            ":name": name.name,
+            ":version": version as i64,
+            ":state": self.state,
+            ":key_thumbprint": self.key_thumbprint,
+            ":key_replay": self.key_replay,
+            ":ended_at": self.ended_at,
+            ":group_namespace": self.group_namespace,
+            ":group_name": self.group_name,
+            ":identity": self.identity,
+            ":claimed_only": self.claimed_only,
+            ":issuer_short_name": self.issuer_short_name,
+            ":evidence_replay": self.evidence_replay,
+            ":report": self.report,
+            ":created_at": self.created_at,
+            ":token_expires_at": self.token_expires_at,
+            ":replica": self.replica,
+            ":session": self.session,
+            ":connection_since": self.connection_since,
+            ":disconnect_reason": self.disconnect_reason,
+            ":ready": self.ready,
+            ":health_message": self.health_message,
+        })?;
+        Ok(())
+    }
+}
+
+pub fn delete(connection: &Connection, name: &RegistrationName) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached("DELETE FROM registration WHERE namespace = ?1 AND name = ?2")?
+        .execute([&name.namespace, &name.name])?;
+    Ok(())
+}
+
+/// A row of [`SELECT`]; the inner error says what in it can't be understood.
+pub fn read(row: &rusqlite::Row<'_>) -> rusqlite::Result<Result<(RegistrationName, Stored), String>> {
+    let name = RegistrationName { namespace: row.get("namespace")?, name: row.get("name")? };
+    let version: i64 = row.get("version")?;
+    let columns = Row {
+        state: row.get("state")?,
+        key_thumbprint: row.get("key_thumbprint")?,
+        key_replay: row.get("key_replay")?,
+        ended_at: row.get("ended_at")?,
+        group_namespace: row.get("group_namespace")?,
+        group_name: row.get("group_name")?,
+        identity: row.get("identity")?,
+        claimed_only: row.get("claimed_only")?,
+        issuer_short_name: row.get("issuer_short_name")?,
+        evidence_replay: row.get("evidence_replay")?,
+        report: row.get("report")?,
+        created_at: row.get("created_at")?,
+        token_expires_at: row.get("token_expires_at")?,
+        replica: row.get("replica")?,
+        session: row.get("session")?,
+        connection_since: row.get("connection_since")?,
+        disconnect_reason: row.get("disconnect_reason")?,
+        ready: row.get("ready")?,
+        health_message: row.get("health_message")?,
+    };
+    Ok(columns
+        .state()
+        .and_then(|state| {
+            let version = u64::try_from(version).map_err(|_| "a negative version".to_owned())?;
+            Ok(Stored { state, version })
+        })
+        .map(|stored| (name.clone(), stored))
+        .map_err(|problem| format!("{name}: {problem}")))
+}
+
+fn needed<'a>(column: &str, value: &'a Option<String>) -> Result<&'a str, String> {
+    value.as_deref().ok_or_else(|| format!("{column} is missing"))
+}
+
+fn time(time: Timestamp) -> Option<String> {
+    Some(time.to_string())
+}
+
+fn parse_time(column: &str, text: &Option<String>) -> Result<Timestamp, String> {
+    needed(column, text)?.parse().map_err(|error| format!("{column}: {error}"))
+}
+
+fn replay(replay: Replay) -> String {
+    match replay {
+        Replay::BoundToKey => "bound-to-key".to_owned(),
+        Replay::Forever => "forever".to_owned(),
+        Replay::Until(end) => end.to_string(),
+    }
+}
+
+fn parse_replay(text: &str) -> Result<Replay, String> {
+    match text {
+        "bound-to-key" => Ok(Replay::BoundToKey),
+        "forever" => Ok(Replay::Forever),
+        end => end.parse().map(Replay::Until).map_err(|error| format!("replay {end:?}: {error}")),
+    }
+}
+
+const REASONS: [(DisconnectReason, &str); 5] = [
+    (DisconnectReason::NotYetConnected, "not-yet-connected"),
+    (DisconnectReason::ConnectionLost, "connection-lost"),
+    (DisconnectReason::TokenExpired, "token-expired"),
+    (DisconnectReason::PolicyUnreadable, "policy-unreadable"),
+    (DisconnectReason::PlaneRestarted, "plane-restarted"),
+];
+
+fn reason_name(reason: DisconnectReason) -> &'static str {
+    match reason {
+        DisconnectReason::NotYetConnected => "not-yet-connected",
+        DisconnectReason::ConnectionLost => "connection-lost",
+        DisconnectReason::TokenExpired => "token-expired",
+        DisconnectReason::PolicyUnreadable => "policy-unreadable",
+        DisconnectReason::PlaneRestarted => "plane-restarted",
+    }
+}
+
+fn parse_reason(text: &str) -> Result<DisconnectReason, String> {
+    let known = REASONS.iter().find(|(_, name)| *name == text);
+    known.map(|(reason, _)| *reason).ok_or_else(|| format!("disconnect_reason {text:?} is unknown"))
+}
