@@ -1,5 +1,7 @@
 //! `install.tetrate.io/v1alpha1` ControlPlane: the part that is ours. The rest is preserved by never being looked at.
 
+use crate::reader::{Item, Map};
+use crate::syntax;
 use std::time::Duration;
 
 #[derive(Debug, Clone, PartialEq)]
@@ -37,4 +39,113 @@ pub struct JwtIssuer {
     pub jwks: Option<String>,
     /// As RFC 9535 reads it: the short form `.a` has become `$.a`.
     pub attributes_json_path: Option<String>,
+}
+
+const DEFAULT_EXPIRATION: Duration = Duration::from_secs(60 * 60);
+const DEFAULT_PROPAGATION_DELAY: Duration = Duration::from_secs(10);
+/// From here on, systemd and ECS may kill a sidecar before it has drained.
+const LONG_PROPAGATION_DELAY: Duration = Duration::from_secs(15);
+const DEFAULT_PORT: u16 = 15443;
+
+/// `spec.meshExpansion`; what surrounds our fields is neither read nor judged.
+pub(crate) fn mesh_expansion(root: &mut Map<'_>) -> (Option<Onboarding>, Option<CustomGateway>) {
+    let spec = root.optional("spec").and_then(|spec| spec.map());
+    let Some(mut expansion) = spec.and_then(|mut spec| spec.optional("meshExpansion")?.map()) else {
+        return (None, None);
+    };
+    let onboarding = expansion.optional("onboarding").and_then(|item| onboarding(&item));
+    let custom_gateway = expansion.optional("customGateway").and_then(|item| {
+        let mut gateway = item.map()?;
+        let host = gateway.required_as("host", syntax::host);
+        let port = gateway.optional("port").map_or(Some(DEFAULT_PORT), |item| item.port());
+        Some(CustomGateway { host: host?, port: port? })
+    });
+    expansion.warn_of_misspelt("onboarding");
+    (onboarding, custom_gateway)
+}
+
+fn onboarding(item: &Item<'_>) -> Option<Onboarding> {
+    let mut onboarding = item.map()?;
+    let (mut hosts, mut secret_name) = (Vec::new(), None);
+    if let Some(mut endpoint) = onboarding.required("endpoint").and_then(|item| item.map()) {
+        hosts = endpoint.required_texts("hosts", syntax::host);
+        secret_name = endpoint.required_as("secretName", syntax::resource_name);
+        endpoint.close();
+    }
+    let uid = onboarding.optional_as("uid", uid);
+    let token_expiration = onboarding.inner(&["tokenIssuer", "jwt"], |jwt| {
+        jwt.optional("expiration").and_then(|item| item.duration(Duration::from_nanos(1)))
+    });
+    let local_repository = onboarding.optional("localRepository").and_then(|item| item.map());
+    let has_local_repository = local_repository.is_some();
+    local_repository.into_iter().for_each(Map::close);
+    let (mut issuers, mut propagation_delay) = (Vec::new(), None);
+    if let Some(mut workloads) = onboarding.optional("workloads").and_then(|item| item.map()) {
+        let read = workloads.inner(&["authentication", "jwt"], |jwt| Some(jwt_issuers(jwt)));
+        issuers = read.unwrap_or_default();
+        propagation_delay = workloads.inner(&["deregistration"], |deregistration| {
+            let item = deregistration.optional("propagationDelay")?;
+            let delay = item.duration(Duration::ZERO)?;
+            if delay >= LONG_PROPAGATION_DELAY {
+                item.warn(format!(
+                    "{delay:?} is long: systemd and ECS enforce stop timeouts, so keep it under {LONG_PROPAGATION_DELAY:?}"
+                ));
+            }
+            Some(delay)
+        });
+        workloads.close();
+    }
+    onboarding.close();
+    Some(Onboarding {
+        hosts,
+        secret_name: secret_name?,
+        uid,
+        token_expiration: token_expiration.unwrap_or(DEFAULT_EXPIRATION),
+        local_repository: has_local_repository,
+        issuers,
+        propagation_delay: propagation_delay.unwrap_or(DEFAULT_PROPAGATION_DELAY),
+    })
+}
+
+fn uid(text: &str) -> Result<String, String> {
+    match text.len() <= 1024 && !text.contains(char::is_whitespace) {
+        true => Ok(text.to_owned()),
+        false => Err("must be at most 1024 characters without spaces".to_owned()),
+    }
+}
+
+fn jwt_issuers(jwt: &mut Map<'_>) -> Vec<JwtIssuer> {
+    let items = jwt.optional("issuers").and_then(|item| item.list()).unwrap_or_default();
+    let issuers: Vec<_> = items.iter().filter_map(jwt_issuer).collect();
+    for (key, of) in
+        [("issuer", (|issuer| &issuer.0) as fn(&(String, String)) -> &String), ("shortName", |issuer| &issuer.1)]
+    {
+        let mut seen: Vec<&String> = Vec::new();
+        for (item, names, _) in &issuers {
+            if seen.contains(&of(names)) {
+                item.fault_at(key, format!("{:?} is the {key} of an issuer above; it may be there once", of(names)));
+            }
+            seen.push(of(names));
+        }
+    }
+    issuers.into_iter().map(|(_, _, issuer)| issuer).collect()
+}
+
+fn jwt_issuer<'a>(item: &Item<'a>) -> Option<(Item<'a>, (String, String), JwtIssuer)> {
+    let mut map = item.map()?;
+    let issuer = map.required_as("issuer", syntax::issuer);
+    let short_name = map.required_as("shortName", syntax::short_name);
+    let (mut jwks_uri, mut jwks) = (None, None);
+    for (key, item) in map.at_most_one_of(&["jwksUri", "jwks"]) {
+        match key {
+            "jwksUri" => jwks_uri = item.parse(syntax::https_url),
+            _ => jwks = item.text().and_then(|text| syntax::jwks(text).map_err(|message| item.fault(message)).ok()),
+        }
+    }
+    let attributes_json_path =
+        map.inner(&["tokenFields", "attributes"], |attributes| attributes.optional_as("jsonPath", syntax::json_path));
+    map.close();
+    let (issuer, short_name) = (issuer?, short_name?);
+    let names = (issuer.clone(), short_name.clone());
+    Some((item.clone(), names, JwtIssuer { issuer, short_name, jwks_uri, jwks, attributes_json_path }))
 }

@@ -1,6 +1,6 @@
 //! One thing that is wrong with a document.
 
-use std::fmt;
+use std::fmt::{self, Write};
 
 /// `Display` is `FILE:LINE: KIND NAMESPACE/NAME: FIELD.PATH: what is wrong`, in one line, with control characters escaped.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -17,7 +17,40 @@ pub struct Fault {
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let _ = f;
-        unimplemented!()
+        let mut out = Escaped(f);
+        write!(out, "{}:{}", self.file, self.line)?;
+        for part in [&self.object, &self.path] {
+            if !part.is_empty() {
+                write!(out, ": {part}")?;
+            }
+        }
+        write!(out, ": {}", self.message)
     }
+}
+
+/// Writes text so that a terminal shows it and doesn't obey it: control characters, line and paragraph separators and
+/// the characters that turn the direction of writing become `\u{..}`.
+struct Escaped<'a, 'b>(&'a mut fmt::Formatter<'b>);
+
+impl Write for Escaped<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        text.chars().try_for_each(|c| {
+            if is_unprintable(c) { write!(self.0, "{}", c.escape_default()) } else { self.0.write_char(c) }
+        })
+    }
+}
+
+pub(crate) fn is_unprintable(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+}
+
+/// A value of the input in a message: in quotes, and not longer than people read.
+pub(crate) fn shown(value: &str) -> String {
+    const LONGEST: usize = 120;
+    let mut text = format!("{value:?}");
+    if text.chars().count() > LONGEST {
+        text = format!("{}...\"", text.chars().take(LONGEST).collect::<String>());
+    }
+    text
 }

@@ -6,8 +6,12 @@
 pub mod agent;
 pub mod control_plane;
 pub mod fault;
+mod group;
 pub mod identity;
 pub mod manifest;
 pub mod mesh;
+mod node;
 pub mod policy;
+mod reader;
+mod syntax;
 pub mod war;
