@@ -4,5 +4,9 @@
 //! real ones say.
 
 pub mod application;
+pub mod cms;
+pub mod imds;
 pub mod netns;
+pub mod oidc;
 pub mod process;
+pub mod sts;
