@@ -184,13 +184,26 @@ impl Reading {
     ) -> Option<Fact<String>> {
         self.known.borrow_mut().push(name.to_owned());
         match map.either(keys.0, keys.1) {
-            Some(item) => Some(self.judge(name, item.parse(syntax)?)),
+            Some(item) => Some(self.judge(name, self.value(&item, syntax)?)),
             None if self.complete => {
                 map.fault_at(keys.0, "is required");
                 None
             }
             None => Some(Fact::claimed(String::new())),
         }
+    }
+
+    /// A person's file is held to more than what was once attested: an issuer may choose any subject.
+    fn value(&self, item: &Item<'_>, syntax: fn(&str) -> Result<String, String>) -> Option<String> {
+        if self.complete {
+            return item.parse(syntax);
+        }
+        let text = item.text()?;
+        if text.is_empty() {
+            item.fault("must not be empty");
+            return None;
+        }
+        syntax(text).map_err(|message| item.fault(message)).ok()
     }
 
     fn aws(&self, aws: &mut Map<'_>) -> Option<AwsIdentity> {
@@ -226,7 +239,7 @@ impl Reading {
         self.known.borrow_mut().push(name.to_owned());
         let Some(item) = map.either("iamRole", "iam_role") else { return Some(None) };
         let mut role = item.map()?;
-        let value = role.required_as("name", syntax::any);
+        let value = role.required("name").and_then(|item| self.value(&item, syntax::any));
         role.close();
         Some(Some(self.judge(name, value?)))
     }

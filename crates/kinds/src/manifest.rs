@@ -248,11 +248,11 @@ fn read_document(file: &str, node: &Node, manifests: &mut Manifests) {
         (Some(api_version), Some(kind)) => classify(api_version, kind),
         _ => {
             let document = Document::new(file, kind.unwrap_or_default().to_owned());
-            match document.root(node).map() {
-                Some(mut root) => ["apiVersion", "kind"].into_iter().for_each(|key| {
+            if let Some(mut root) = document.root(node).map() {
+                for key in ["apiVersion", "kind"] {
                     root.required(key).and_then(|item| item.text());
-                }),
-                None => {}
+                }
+                root.close_misspelt();
             }
             manifests.faults.extend(document.finish().0);
             manifests.policy_unreadable |= may_be_policy(api_version, kind);

@@ -262,7 +262,7 @@ fn service_port(item: &Item<'_>) -> Option<ServicePort> {
     let name = map.optional_as("name", syntax::any);
     let app_protocol = map.optional_as("appProtocol", syntax::any);
     let target_port = map.optional("targetPort").and_then(|item| match item.node().as_text() {
-        Some(_) => item.parse(syntax::namespace).map(TargetPort::Name),
+        Some(_) => item.parse(syntax::port_name).map(TargetPort::Name),
         None => item.port().map(TargetPort::Number),
     });
     let transport = map.optional_as("protocol", syntax::any);

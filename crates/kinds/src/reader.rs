@@ -455,7 +455,7 @@ impl<'a> Map<'a> {
 
     /// In a mapping that is open to others, a field that looks like a slip of ours.
     pub fn warn_of_misspelt(&self, key: &str) {
-        if self.entries.iter().any(|entry| entry.key == key) {
+        if self.has(key) {
             return;
         }
         for entry in self.entries.iter().filter(|entry| closest(&entry.key, &[key]).is_some()) {
@@ -466,6 +466,19 @@ impl<'a> Map<'a> {
     /// Marks a field as known without reading it.
     pub fn skip(&mut self, key: &'static str) {
         self.known.push(key);
+    }
+
+    /// Of the fields that nobody asked for, reports those that look like a slip of one that is missing.
+    pub fn close_misspelt(self) {
+        let missing: Vec<_> = self.known.iter().copied().filter(|key| !self.has(key)).collect();
+        for entry in self.entries.iter().filter(|entry| closest(&entry.key, &missing).is_some()) {
+            let message = format!("is unknown here{}", did_you_mean(&entry.key, &missing));
+            self.document.fault(entry.line, &self.path_of(&entry.key), message);
+        }
+    }
+
+    fn has(&self, key: &str) -> bool {
+        self.entries.iter().any(|entry| entry.key == key)
     }
 
     /// Reports the fields that nobody asked for.

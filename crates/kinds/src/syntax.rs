@@ -15,15 +15,20 @@ pub(crate) fn ascii(text: &str) -> Result<String, String> {
     }
 }
 
-fn is_label(text: &str) -> bool {
-    text.len() <= 63
-        && text.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
+/// Lower-case letters, digits and `-`, beginning and ending with a letter or digit.
+fn is_lower(text: &str) -> bool {
+    text.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
         && text.ends_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
         && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
 }
 
+fn is_label(text: &str) -> bool {
+    text.len() <= 63 && is_lower(text)
+}
+
+/// As Kubernetes checks it: of the parts between the dots none may be empty, and any may be long.
 fn is_subdomain(text: &str) -> bool {
-    text.len() <= 253 && text.split('.').all(is_label)
+    text.len() <= 253 && text.split('.').all(is_lower)
 }
 
 /// A Kubernetes namespace (RFC 1123 label).
@@ -43,6 +48,17 @@ pub(crate) fn resource_name(text: &str) -> Result<String, String> {
         true => Ok(text.to_owned()),
         false => Err(format!(
             "must be a valid name (at most 253 lower-case letters, digits, '-' and '.', beginning and ending with a letter or digit), and is {}",
+            shown(text)
+        )),
+    }
+}
+
+/// The name of a port of a pod or workload.
+pub(crate) fn port_name(text: &str) -> Result<String, String> {
+    match is_label(text) {
+        true => Ok(text.to_owned()),
+        false => Err(format!(
+            "must be a port's number or its name (lower-case letters, digits and '-'), and is {}",
             shown(text)
         )),
     }
@@ -108,7 +124,8 @@ pub(crate) fn host(text: &str) -> Result<String, String> {
 
 /// Host names are compared without regard to case; a last label of digits would be an IPv4 address that isn't one.
 pub(crate) fn is_host_name(text: &str) -> bool {
-    is_subdomain(&text.to_ascii_lowercase())
+    text.len() <= 253
+        && text.to_ascii_lowercase().split('.').all(is_label)
         && !text.rsplit('.').next().is_some_and(|last| last.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
@@ -293,6 +310,9 @@ pub(crate) fn json_path(text: &str) -> Result<String, String> {
     if !text.starts_with(['.', '$']) || text.len() < 2 {
         return Err(invalid(": it must begin with . or $ and go on".to_owned()));
     }
+    if text.ends_with('\\') {
+        return Err(invalid(": nothing comes after the last \\".to_owned()));
+    }
     let path = rfc9535(text);
     match serde_json_path::JsonPath::parse(&path) {
         Ok(_) => Ok(path),
@@ -371,4 +391,143 @@ pub(crate) fn jwks(text: &str) -> Result<String, String> {
         }
     }
     Ok(text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_go_s() {
+        let nanos = |text: &str| duration(text).map(|duration| duration.as_nanos());
+        // From Go's own time_test.go.
+        for (text, wanted) in [
+            ("0", 0),
+            ("5s", 5_000_000_000),
+            ("+5s", 5_000_000_000),
+            ("5.0s", 5_000_000_000),
+            ("5.6s", 5_600_000_000),
+            ("5.s", 5_000_000_000),
+            (".5s", 500_000_000),
+            ("1.004s", 1_004_000_000),
+            ("100.00100s", 100_001_000_000),
+            ("10ns", 10),
+            ("11us", 11_000),
+            ("12\u{b5}s", 12_000),
+            ("12\u{3bc}s", 12_000),
+            ("13ms", 13_000_000),
+            ("14s", 14_000_000_000),
+            ("15m", 900_000_000_000),
+            ("16h", 57_600_000_000_000),
+            ("3h30m", 12_600_000_000_000),
+            ("10.5s4m", 250_500_000_000),
+            ("1h2m3s4ms5us6ns", 3_723_004_005_006),
+            ("52763797000ns", 52_763_797_000),
+            ("0.3333333333333333333h", 1_199_999_999_999),
+            ("9223372036854775807ns", 9_223_372_036_854_775_807),
+        ] {
+            assert_eq!(nanos(text), Ok(wanted), "{text}");
+        }
+        for text in ["", "3", "s", ".", ".s", "1d", "1h-1m", "-1s", "1 s", "9223372036854775808ns", "3000000h", "1e3s"]
+        {
+            assert!(nanos(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn json_paths_become_rfc_9535() {
+        for (text, wanted) in [
+            (".custom_attributes", "$.custom_attributes"),
+            (".a.b", "$.a.b"),
+            (r".custom\.attributes", "$['custom.attributes']"),
+            (r".a.b\.c.d", "$.a['b.c'].d"),
+            (".custom-attributes", "$['custom-attributes']"),
+            (".a[0].b", "$.a[0].b"),
+            ("$['custom_attributes']", "$['custom_attributes']"),
+            ("$['google'].compute_engine", "$['google'].compute_engine"),
+            ("$[\"a.b\"].c-d", "$[\"a.b\"]['c-d']"),
+            ("$['a[.]b'].c", "$['a[.]b'].c"),
+            (r".it\'s", r"$['it\'s']"),
+            ("..x", "$..x"),
+            ("$.*", "$.*"),
+        ] {
+            assert_eq!(json_path(text).as_deref(), Ok(wanted), "{text}");
+        }
+        for text in ["a", "['a']", ".", "$", "$$", ".a[", "$.a[?", ".['a']", ".a.", r".a\"] {
+            assert!(json_path(text).is_err(), "{text} became {:?}", json_path(text));
+        }
+        assert!(json_path(&format!(".{}", "a".repeat(600))).is_err());
+        assert!(json_path(&format!("$[?{}@.a{}]", "(".repeat(250), ")".repeat(250))).is_ok());
+    }
+
+    #[test]
+    fn hosts() {
+        for text in ["a", "A.example", "192.0.2.1", "2001:db8::1", "1password.com", "xn--bcher-kva.example"] {
+            assert_eq!(host(text).as_deref(), Ok(text));
+        }
+        for text in [
+            "a.",
+            ".a",
+            "a..b",
+            "-a",
+            "a-",
+            "a_b",
+            "1.2.3",
+            "1.2.3.4.5",
+            "::1%eth0",
+            "a/b",
+            "b\u{fc}cher.example",
+            "*.a",
+        ] {
+            assert!(host(text).is_err(), "{text}");
+        }
+        assert!(host(&"a".repeat(64)).is_err());
+    }
+
+    #[test]
+    fn issuers() {
+        for text in [
+            "https://a",
+            "https://A.example/Realm",
+            "https://a:1",
+            "https://a:65535/x/y",
+            "https://192.0.2.1:8443",
+            "https://[2001:db8::1]:8443/x",
+            "https://[::1]",
+            "https://a/",
+        ] {
+            assert_eq!(issuer(text).as_deref(), Ok(text));
+        }
+        for text in [
+            "https://",
+            "https:///x",
+            "HTTPS://a",
+            "http://a",
+            "https://a?",
+            "https://a?x=1",
+            "https://a#",
+            "https://a:",
+            "https://a:0",
+            "https://a:x",
+            "https://a:+1",
+            "https://u@a",
+            "https://u:p@a",
+            "https://a b",
+            "https://a/\u{fc}",
+            "https://[::1",
+            "https://::1",
+            "https://[::1]x",
+            "https://[a]",
+            "https://a\\b",
+            "https://1.2.3",
+        ] {
+            assert!(issuer(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn accounts() {
+        assert!(aws_account("012345678901").is_ok());
+        assert!(aws_account("\u{661}23456").is_err(), "digits of other scripts");
+    }
 }
