@@ -105,8 +105,7 @@ fn what_kubectl_prints_and_json_are_read_too() {
         "spec": {"allow": [{"workloads": [{"aws": {"partitions": ["aws"], "accounts": ["123456789012"], "regions": ["us-east-2"],
           "zones": ["us-east-2b"], "ec2": {"iamRoleNames": ["ratings-role"]}, "ecs": null}}],
           "onboardTo": [{"workloadGroupSelector": {"matchLabels": {"app": "ratings"}}}]}]}, "status": {}}"#;
-    let anchors =
-        POLICY.replace("[us", "[us").replace("metadata:", "metadata: &m").replace("app: ratings", "app: !!str ratings");
+    let anchors = POLICY.replace("metadata:", "metadata: &m").replace("app: ratings", "app: !!str ratings");
     for text in [
         list.as_str(),
         json,
