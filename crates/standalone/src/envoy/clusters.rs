@@ -49,7 +49,9 @@ pub fn backend<'a>(
             set(&mut cluster, http::mesh_options(upstream.speech));
             let mut faults = Vec::new();
             let port = |entry: &WorkloadEntry| target_port(entry, port_name.as_deref(), target.as_ref(), upstream.port);
-            let assignment = assignment(&name, &behind, port, &upstream.host, &mut faults);
+            let mut assignment = assignment(&name, &behind, port, &upstream.host, &mut faults);
+            // Only a resource of its own says its type.
+            assignment["@type"] = json!("type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment");
             (Some(Resource::new(XdsType::Endpoint, &name, &assignment)), faults)
         }
         Endpoints::Static(hosts) => {
@@ -61,7 +63,6 @@ pub fn backend<'a>(
         Endpoints::Dns(hosts) => {
             cluster["type"] = json!("STRICT_DNS");
             cluster["dns_lookup_family"] = json!("V4_PREFERRED");
-            cluster["respect_dns_ttl"] = json!(true);
             cluster["load_assignment"] = outside(&name, hosts, |host| resolvable(&host.address, &upstream.host));
             set(&mut cluster, http::plain_options(upstream.speech));
             (None, Vec::new())
@@ -158,11 +159,7 @@ fn load_assignment(name: &str, localities: BTreeMap<Option<&str>, Vec<Value>>) -
         .into_iter()
         .map(|(locality, endpoints)| json!({"locality": parts(locality), "lb_endpoints": endpoints}))
         .collect();
-    json!({
-        "@type": "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
-        "cluster_name": name,
-        "endpoints": localities,
-    })
+    json!({"cluster_name": name, "endpoints": localities})
 }
 
 fn endpoint(address: &str, port: u16, weight: Option<u32>, health: Option<&str>) -> Value {
