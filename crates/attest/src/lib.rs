@@ -4,9 +4,14 @@
 //! Nothing here decides about policies, and nothing here logs a credential.
 
 pub mod aws;
+mod fetch;
 pub mod jwt;
+mod strict_json;
 
+use aws::certificates::Certificates;
+use aws::sts::{Callers, Sts};
 use jiff::Timestamp;
+use jwt::jwks::KeyStore;
 use onboarding_core::identity::{Attested, Thumbprint};
 use onboarding_wire::onboarding::{AwsEc2Credential, JwtCredential};
 
@@ -27,27 +32,43 @@ pub struct Context<'a> {
     pub issuers: &'a [jwt::Issuer],
 }
 
-/// How the attestors are set up; the default is AWS as it is.
+/// How the attestors are set up; the default is AWS as it is, and the system's roots.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
     /// PEM of further regions' certificates, each after a line `# <region>`; the plane warns when this is used.
     pub extra_aws_certificates: Option<String>,
     /// Where STS is asked instead of at AWS (`http://127.0.0.1:8443`); the `Host` stays AWS's. The plane warns when this is used.
     pub sts_endpoint: Option<String>,
+    /// PEM of CAs that issuers' servers of keys may have besides those of the system's trust store.
+    pub extra_roots_pem: Option<String>,
 }
 
 /// All attestors, with their caches.
-pub struct Attestors {}
+pub struct Attestors {
+    certificates: Certificates,
+    callers: Callers,
+    keys: KeyStore,
+}
 
 impl Attestors {
+    /// Errors name the option that can't be used.
     pub fn new(options: Options) -> Result<Self, AttestError> {
-        let _ = options;
-        unimplemented!()
+        let unusable = AttestError::Refused;
+        let mut certificates = Certificates::published().map_err(|error| unusable(error.to_string()))?;
+        if let Some(extra) = &options.extra_aws_certificates {
+            certificates.add(extra).map_err(|error| unusable(error.to_string()))?;
+        }
+        let sts = Sts::new(options.sts_endpoint).map_err(unusable)?;
+        let keys = KeyStore::new(options.extra_roots_pem.as_deref()).map_err(unusable)?;
+        Ok(Self { certificates, callers: Callers::new(Box::new(sts)), keys })
     }
 
+    /// Who presents this evidence, as far as it is proven.
     pub async fn attest(&self, evidence: &Evidence, context: Context<'_>) -> Result<Attested, AttestError> {
-        let _ = (evidence, context);
-        unimplemented!()
+        match evidence {
+            Evidence::AwsEc2(credential) => aws::attest(&self.certificates, &self.callers, credential, context).await,
+            Evidence::Jwt(credential) => jwt::attest(&self.keys, &credential.token, context).await,
+        }
     }
 }
 

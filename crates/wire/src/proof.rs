@@ -61,6 +61,14 @@ pub const STS_CONTENT_TYPE: &str = "application/x-www-form-urlencoded; charset=u
 
 /// The STS host of a region; its partition's domain. Regions are checked by the caller.
 pub fn sts_host(region: &str) -> String {
-    let suffix = if region.starts_with("cn-") { ".cn" } else { "" };
-    format!("sts.{region}.amazonaws.com{suffix}")
+    let of_partition = [
+        ("cn-", "amazonaws.com.cn"),
+        ("us-iso-", "c2s.ic.gov"),
+        ("us-isob-", "sc2s.sgov.gov"),
+        ("us-isof-", "csp.hci.ic.gov"),
+        ("eu-isoe-", "cloud.adc-e.uk"),
+        ("eusc-", "amazonaws.eu"),
+    ];
+    let suffix = of_partition.iter().find(|(prefix, _)| region.starts_with(prefix));
+    format!("sts.{region}.{}", suffix.map_or("amazonaws.com", |(_, suffix)| suffix))
 }
