@@ -1,7 +1,9 @@
 //! `install.tetrate.io/v1alpha1` ControlPlane: the part that is ours. The rest is preserved by never being looked at.
 
+use crate::fault::shown;
 use crate::reader::{Item, Map};
 use crate::syntax;
+use std::collections::HashSet;
 use std::time::Duration;
 
 #[derive(Debug, Clone, PartialEq)]
@@ -116,22 +118,22 @@ fn uid(text: &str) -> Result<String, String> {
 
 fn jwt_issuers(jwt: &mut Map<'_>) -> Vec<JwtIssuer> {
     let items = jwt.optional("issuers").and_then(|item| item.list()).unwrap_or_default();
-    let issuers: Vec<_> = items.iter().filter_map(jwt_issuer).collect();
-    for (key, of) in
-        [("issuer", (|issuer| &issuer.0) as fn(&(String, String)) -> &String), ("shortName", |issuer| &issuer.1)]
-    {
-        let mut seen: Vec<&String> = Vec::new();
-        for (item, names, _) in &issuers {
-            if seen.contains(&of(names)) {
-                item.fault_at(key, format!("{:?} is the {key} of an issuer above; it may be there once", of(names)));
-            }
-            seen.push(of(names));
+    let (mut issuers, mut names, mut short_names) = (Vec::new(), HashSet::new(), HashSet::new());
+    for item in &items {
+        let Some(issuer) = jwt_issuer(item) else { continue };
+        if !names.insert(issuer.issuer.clone()) {
+            item.fault_at("issuer", format!("{} is there twice; an issuer may be listed once", shown(&issuer.issuer)));
         }
+        if !short_names.insert(issuer.short_name.clone()) {
+            let message = format!("{} is the short name of another issuer too", shown(&issuer.short_name));
+            item.fault_at("shortName", message);
+        }
+        issuers.push(issuer);
     }
-    issuers.into_iter().map(|(_, _, issuer)| issuer).collect()
+    issuers
 }
 
-fn jwt_issuer<'a>(item: &Item<'a>) -> Option<(Item<'a>, (String, String), JwtIssuer)> {
+fn jwt_issuer(item: &Item<'_>) -> Option<JwtIssuer> {
     let mut map = item.map()?;
     let issuer = map.required_as("issuer", syntax::issuer);
     let short_name = map.required_as("shortName", syntax::short_name);
@@ -145,7 +147,5 @@ fn jwt_issuer<'a>(item: &Item<'a>) -> Option<(Item<'a>, (String, String), JwtIss
     let attributes_json_path =
         map.inner(&["tokenFields", "attributes"], |attributes| attributes.optional_as("jsonPath", syntax::json_path));
     map.close();
-    let (issuer, short_name) = (issuer?, short_name?);
-    let names = (issuer.clone(), short_name.clone());
-    Some((item.clone(), names, JwtIssuer { issuer, short_name, jwks_uri, jwks, attributes_json_path }))
+    Some(JwtIssuer { issuer: issuer?, short_name: short_name?, jwks_uri, jwks, attributes_json_path })
 }

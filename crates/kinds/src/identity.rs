@@ -9,7 +9,7 @@ use onboarding_core::identity::{
 };
 use serde_json::{Map as Object, Value};
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Case {
@@ -97,7 +97,9 @@ fn read_file(document: &Document, node: &Node) -> Option<Identity> {
     // Which names there are is only known for an identity that could be read.
     if identity.is_some() {
         let unknown = reading.unknown();
-        for (item, name) in claimed.iter().zip(&names).filter(|(_, name)| !name.is_empty() && unknown.contains(name)) {
+        for (item, name) in
+            claimed.iter().zip(&names).filter(|(_, name)| !name.is_empty() && unknown.contains(name.as_str()))
+        {
             item.fault(reading.unknown_message(name));
         }
     }
@@ -135,15 +137,17 @@ impl Reading {
         Self { claimed_only, complete, known: RefCell::default() }
     }
 
-    fn unknown(&self) -> Vec<String> {
+    /// Those that the identity doesn't have, as given.
+    fn unknown(&self) -> HashSet<String> {
         let known = self.known.borrow();
-        let unknown = self.claimed_only.iter().filter(|(_, name)| !known.contains(name));
-        unknown.map(|(given, _)| given.clone()).collect()
+        let known: HashSet<_> = known.iter().collect();
+        self.claimed_only.iter().filter(|(_, name)| !known.contains(name)).map(|(given, _)| given.clone()).collect()
     }
 
     fn unknown_message(&self, name: &str) -> String {
+        const MOST: usize = 20;
         let known = self.known.borrow();
-        let known: Vec<_> = known.iter().map(String::as_str).collect();
+        let known: Vec<_> = known.iter().map(String::as_str).take(MOST).collect();
         format!(
             "{} is no fact of this identity; it has {}{}",
             shown(name),

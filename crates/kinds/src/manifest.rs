@@ -45,10 +45,20 @@ pub enum Object {
     WorkloadAutoRegistration(Box<crate::war::WorkloadAutoRegistration>),
 }
 
+/// More faults of one file than anybody reads.
+const MOST_FAULTS: usize = 1000;
+
 /// Reads every document of `text` (YAML, of which JSON is a part). `file` only names it in faults.
 pub fn read(file: &str, text: &str) -> Manifests {
     let mut manifests = Manifests::default();
     for document in node::documents(text) {
+        if manifests.faults.len() >= MOST_FAULTS {
+            let line = document.map_or_else(|error| error.line, |node| node.line);
+            let message = "there are too many faults above; the rest of the file wasn't read".to_owned();
+            manifests.faults.push(syntax_fault(file, SyntaxError { line, message }));
+            manifests.policy_unreadable = true;
+            break;
+        }
         match document {
             Ok(node) => read_document(file, &node, &mut manifests),
             Err(error) => {
@@ -211,7 +221,8 @@ fn classify(api_version: &str, kind: &str) -> Class {
             return Class::OfOthers;
         }
         let message = format!("{} isn't a kind of {group}{}", shown(kind), did_you_mean(kind, &names));
-        return Class::Misspelt { field: "kind", message, kind: None };
+        let near = KNOWN.iter().find(|known| Some(known.name) == near);
+        return Class::Misspelt { field: "kind", message, kind: near.map(|known| known.kind) };
     }
     // A group that is nobody's, for a kind that can only be ours, or one that is a slip of ours.
     let ours = KNOWN.iter().find(|known| OUR_GROUPS.contains(&known.group) && known.name == kind);

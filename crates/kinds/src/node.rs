@@ -1,13 +1,15 @@
 //! YAML text to documents of nodes that know their lines; nothing is dropped and nothing guessed.
 //!
-//! Bounded in every direction: a file of [`LARGEST_FILE`], [`DEEPEST`] levels, and [`LARGEST_EXPANSION`] of what aliases repeat.
+//! Bounded in every direction: a file of [`LARGEST_FILE`] with documents of [`LARGEST_DOCUMENT`], [`DEEPEST`] levels, and
+//! [`LARGEST_EXPANSION`] of what aliases repeat.
 
 use saphyr_parser::{Event, Parser, ScalarStyle, Tag};
 use serde_json::Value as Json;
 use std::borrow::Cow;
 use std::collections::HashMap;
 
-pub(crate) const LARGEST_FILE: usize = 1024 * 1024;
+const LARGEST_FILE: usize = 16 * 1024 * 1024;
+const LARGEST_DOCUMENT: usize = 1024 * 1024;
 const DEEPEST: usize = 64;
 /// In bytes of memory, roughly.
 const LARGEST_EXPANSION: usize = 4 * 1024 * 1024;
@@ -59,6 +61,11 @@ pub(crate) fn documents(text: &str) -> Vec<Result<Node, SyntaxError>> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut documents = Vec::new();
     for (line, part) in parts(text) {
+        if part.len() > LARGEST_DOCUMENT {
+            let message = format!("the document has {} bytes; {LARGEST_DOCUMENT} are the most", part.len());
+            documents.push(Err(SyntaxError { line, message }));
+            continue;
+        }
         if let Err(mut error) = read_part(part, line - 1, &mut documents) {
             let last = line + part.lines().count().saturating_sub(1);
             error.line = error.line.clamp(line, last.max(line));

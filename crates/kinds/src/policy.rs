@@ -118,6 +118,9 @@ fn matches_nothing(item: &Item<'_>, platform: &str) {
 /// A standard label selector; `{}` selects everything.
 fn selector(item: &Item<'_>) -> Option<LabelSelector> {
     let mut selector = item.map()?;
+    if selector.is_null("matchLabels") || selector.is_null("matchExpressions") {
+        item.warn("has a key without a value, which counts as absent; write {} if it is to select every group");
+    }
     let labels = selector.labels("matchLabels");
     let expressions = selector.optional("matchExpressions").and_then(|item| item.list()).unwrap_or_default();
     let expressions: Vec<_> = expressions.iter().filter_map(requirement).collect();

@@ -11,6 +11,9 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
+/// More faults of one document than anybody reads.
+const MOST_FAULTS: usize = 100;
+
 /// Where faults of one document are collected.
 pub(crate) struct Document {
     file: String,
@@ -30,8 +33,18 @@ impl Document {
         Item { document: self, node, path: String::new(), line: node.line }
     }
 
+    /// Beyond [`MOST_FAULTS`] they only count, as one more.
     pub fn fault(&self, line: usize, path: &str, message: impl Into<String>) {
-        self.faults.borrow_mut().push(self.note(line, path, message.into()));
+        let mut faults = self.faults.borrow_mut();
+        match faults.len() {
+            ..MOST_FAULTS => faults.push(self.note(line, path, message.into())),
+            MOST_FAULTS => faults.push(self.note(line, "", "there are more faults, which aren't shown".to_owned())),
+            _ => {}
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        self.faults.borrow().len() > MOST_FAULTS
     }
 
     pub fn warn(&self, line: usize, path: &str, message: impl Into<String>) {
@@ -45,7 +58,8 @@ impl Document {
     /// Faults in the order of their lines, then the warnings.
     pub fn finish(self) -> (Vec<Fault>, Vec<Fault>) {
         let mut faults = self.faults.into_inner();
-        faults.sort_by_key(|fault| fault.line);
+        let shown = faults.len().min(MOST_FAULTS);
+        faults[..shown].sort_by_key(|fault| fault.line);
         (faults, self.warnings.into_inner())
     }
 
@@ -463,6 +477,11 @@ impl<'a> Map<'a> {
         }
     }
 
+    /// Whether the key is there without a value.
+    pub fn is_null(&self, key: &str) -> bool {
+        self.entries.iter().any(|entry| entry.key == key && entry.value.value == Value::Null)
+    }
+
     /// Marks a field as known without reading it.
     pub fn skip(&mut self, key: &'static str) {
         self.known.push(key);
@@ -484,6 +503,9 @@ impl<'a> Map<'a> {
     /// Reports the fields that nobody asked for.
     pub fn close(self) {
         for entry in self.entries {
+            if self.document.is_full() {
+                break;
+            }
             if !self.known.contains(&entry.key.as_str()) && entry.key != "<<" {
                 let message = match self.known.is_empty() {
                     true => "is unknown: nothing is expected here".to_owned(),

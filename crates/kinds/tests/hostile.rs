@@ -144,6 +144,10 @@ fn what_is_unwise_is_a_warning() {
         .replace("    onboardTo:", "    - gcp: {projectIds: [x]}\n    - azure: {subscriptions: [x]}\n    onboardTo:");
     let manifests = manifest::read("f.yaml", &gcp);
     assert!(manifests.faults.is_empty() && manifests.items.len() == 1);
+    let null = POLICY.replace("          app: ratings # (1)\n", "");
+    let warnings = manifest::read("f.yaml", &null).warnings;
+    assert_eq!(warnings.iter().map(|warning| warning.line).collect::<Vec<_>>(), [23]);
+
     let warnings: Vec<_> = manifests.warnings.iter().map(|w| (w.line, w.path.as_str())).collect();
     assert_eq!(warnings, [(22, "spec.allow[0].workloads[1].gcp"), (23, "spec.allow[0].workloads[2].azure")]);
 
@@ -233,18 +237,31 @@ fn bombs_are_refused_quickly() {
         ("deep flow", deep_flow),
         ("deep block", deep_block),
         ("deep dashes", deep_dashes),
-        ("large", "x".repeat(1024 * 1024 + 1)),
+        ("a large document", "x".repeat(1024 * 1024 + 1)),
+        ("a large file", "# x\n".repeat(4 * 1024 * 1024 + 1)),
+        ("one key often", "a: b\n".repeat(200_000)),
+        ("many unknown keys", (0..60_000).fold(POLICY.to_owned(), |text, n| text + &format!("speck{n}: x\n"))),
+        ("many documents", "a: b\n---\n".repeat(1_000_000)),
+        ("many issuers", many_issuers()),
     ] {
         let started = std::time::Instant::now();
         let manifests = manifest::read("f.yaml", &text);
         assert!(manifests.policy_unreadable, "{name}");
         assert!(manifests.faults.iter().all(|fault| fault.message.len() < 1000), "{name}");
+        assert!(manifests.faults.len() <= 1001, "{name}");
         // Debug builds on a busy machine; what these would take unbounded is hours.
         assert!(started.elapsed().as_secs() < 20, "{name} took {:?}", started.elapsed());
     }
     read_all(&many_anchors);
     read_all(&"a: 1\n---\n".repeat(50_000));
     read_all(&format!("kind: &a {}\nb: *a", "x".repeat(500_000)));
+}
+
+fn many_issuers() -> String {
+    let plane = include_str!("corpus/control-plane.yaml");
+    let issuer = "            - {issuer: https://a, shortName: a}\n";
+    let plane = plane.replace("            issuers:\n", &format!("            issuers:\n{}", issuer.repeat(20_000)));
+    format!("{plane}---\n[")
 }
 
 #[test]
