@@ -53,10 +53,7 @@ fn the_names_of_the_reference() {
         name("ratings", &ecs("bookinfo", "3a151358f03a4e32bf8cd401c1c74653")),
         "ratings-aws-aws-123456789012-us-east-1a-ecs-bookinfo-3a151358f03a4e32bf8cd401c1c74653"
     );
-    assert_eq!(
-        name("ratings", &jwt("us-east-datacenter1-vm007")),
-        "ratings-jwt-my-corp--us-east-datacenter1-vm007"
-    );
+    assert_eq!(name("ratings", &jwt("us-east-datacenter1-vm007")), "ratings-jwt-my-corp--us-east-datacenter1-vm007");
 }
 
 #[test]

@@ -1,6 +1,13 @@
 //! OnboardingPolicy: who may join which WorkloadGroup. Nothing may join unless a policy allows it; policies only add up.
 
+mod index;
+mod obstacle;
+
+use crate::group::WorkloadGroup;
+use crate::identity::Identity;
 use crate::label::LabelSelector;
+use index::Index;
+use std::fmt;
 
 /// One OnboardingPolicy, valid in itself (the lists that must not be empty aren't: `onboarding-kinds` makes these).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,30 +80,49 @@ pub struct AzureMatcher {
     pub vm_ids: Vec<String>,
 }
 
-// ---- the contract that the endpoint and onboardctl use ----
-
-use crate::group::WorkloadGroup;
-use crate::identity::Identity;
-
 /// Every policy of every namespace, compiled so that a decision costs nothing for the policies that don't concern the identity.
 #[derive(Debug, Default)]
-pub struct PolicySet {}
+pub struct PolicySet {
+    /// In (namespace, name) order.
+    policies: Vec<Policy>,
+    index: Index,
+}
 
 impl PolicySet {
-    pub fn compile(policies: Vec<Policy>) -> Self {
-        let _ = policies;
-        unimplemented!()
+    pub fn compile(mut policies: Vec<Policy>) -> Self {
+        policies.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+        let index = Index::new(&policies);
+        Self { policies, index }
     }
+
+    pub fn policies(&self) -> &[Policy] {
+        &self.policies
+    }
+
     /// Whether this identity may join this group: the first policy in (namespace, name) order that allows it.
     pub fn decide(&self, identity: &Identity, group: &WorkloadGroup) -> Decision {
-        let _ = (identity, group);
-        unimplemented!()
+        let admitting = self.index.candidates(&group.name.namespace, identity).filter(|&(policy, rule, matcher)| {
+            let rule = &self.policies[policy].rules[rule];
+            obstacle::of_matcher(&rule.workloads[matcher], identity).is_none()
+                && rule.onboard_to.iter().any(|selector| selector.matches(&group.labels))
+        });
+        match admitting.min() {
+            Some((policy, rule, _)) => Decision::Allowed { policy: self.policies[policy].name.clone(), rule },
+            None => Decision::Refused,
+        }
     }
+
     /// For a refusal: for each policy of the group's namespace the rule that came furthest, and what stood in its way.
-    /// Walks all of them; at most `limit` reasons.
+    /// Walks all of them; at most `limit` reasons, those that came furthest first.
     pub fn reasons(&self, identity: &Identity, group: &WorkloadGroup, limit: usize) -> Vec<Reason> {
-        let _ = (identity, group, limit);
-        unimplemented!()
+        let mut reasons: Vec<(usize, Reason)> = self
+            .policies
+            .iter()
+            .filter(|policy| policy.namespace == group.name.namespace)
+            .filter_map(|policy| obstacle::of_policy(policy, identity, group))
+            .collect();
+        reasons.sort_by_key(|(passed, _)| std::cmp::Reverse(*passed));
+        reasons.into_iter().take(limit).map(|(_, reason)| reason).collect()
     }
 }
 
@@ -124,9 +150,19 @@ pub struct Reason {
     pub wanted: String,
 }
 
-impl std::fmt::Display for Reason {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let _ = f;
-        unimplemented!()
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { policy, field, wanted, .. } = self;
+        match &self.found {
+            Some(found) if self.proven => write!(f, "policy {policy}: {field}: is {found:?}, wanted {wanted}"),
+            Some(found) => {
+                write!(f, "policy {policy}: {field}: {found:?} is only claimed, not proven, wanted {wanted}")
+            }
+            None => write!(f, "policy {policy}: {field}: nothing was proven, wanted {wanted}"),
+        }
     }
 }
+
+#[cfg(test)]
+#[path = "policy_tests.rs"]
+mod tests;
