@@ -220,13 +220,210 @@ pub enum Refusal {
 }
 
 /// Whether this key may come for the registration in this state; asked before a token is issued, and again by [`step`].
+///
+/// A live registration belongs to its key. One that ended is remembered for as long as the evidence that its key came with
+/// could be replayed by another; evidence that itself names the newcomer's key is no replay.
 pub fn admits_key(state: &State, key: Thumbprint, replay: Replay, now: Timestamp) -> Result<(), Refusal> {
-    let _ = (state, key, replay, now);
-    unimplemented!()
+    let (known, binds) = match state {
+        State::Absent => return Ok(()),
+        State::Live(live) => (live.key.thumbprint, true),
+        State::Ended(Ended { key: None, .. }) => return Ok(()),
+        State::Ended(Ended { key: Some(memory), .. }) => {
+            (memory.thumbprint, memory.holds_at(now) && replay != Replay::BoundToKey)
+        }
+    };
+    if known == key || !binds { Ok(()) } else { Err(Refusal::AnotherKey { known, presented: key }) }
 }
+
+impl KeyMemory {
+    /// Whether the evidence that this key came with could still be replayed by another.
+    fn holds_at(&self, now: Timestamp) -> bool {
+        match self.replay {
+            Replay::BoundToKey => false,
+            Replay::Until(end) => now < end,
+            Replay::Forever => true,
+        }
+    }
+}
+
+/// How long the end of a registration is remembered when no key has to be: longer than a token of before it could live.
+pub const LONGEST_TOKEN_LIFE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// What an event makes of a state. `grace`: how long an entry outlives its agent's connection.
 pub fn step(state: &State, event: Event, now: Timestamp, grace: Duration) -> Result<Step, Refusal> {
-    let _ = (state, event, now, grace);
-    unimplemented!()
+    match (state, event) {
+        (state, Event::Register(register)) => on_register(state, *register, now),
+        (State::Live(live), event) => on_live(live, event, now, grace),
+        // What nobody is waiting for any more.
+        (_, Event::Disconnect { .. } | Event::Health(_) | Event::Withdraw) => Ok(Step::unchanged(state)),
+        (_, Event::Connect { .. } | Event::Renew { .. } | Event::Unregister { .. }) => Err(Refusal::Gone),
+        (State::Ended(_), Event::Delete) => Ok(Step::silent(State::Ended(Ended { key: None, at: now }))),
+        (State::Ended(ended), Event::Tick) => {
+            Ok(if ended.forgettable_at(now) { Step::silent(State::Absent) } else { Step::unchanged(state) })
+        }
+        (State::Absent, Event::Delete | Event::Tick) => Ok(Step::unchanged(state)),
+    }
 }
+
+impl Step {
+    fn unchanged(state: &State) -> Self {
+        Self::silent(state.clone())
+    }
+    fn silent(state: State) -> Self {
+        Self { state, effects: Vec::new() }
+    }
+    fn live(live: Live, effects: Vec<Effect>) -> Self {
+        Self { state: State::Live(Box::new(live)), effects }
+    }
+}
+
+impl Ended {
+    fn forgettable_at(&self, now: Timestamp) -> bool {
+        let key_holds = self.key.as_ref().is_some_and(|key| key.holds_at(now));
+        !key_holds && self.at.checked_add(LONGEST_TOKEN_LIFE).is_ok_and(|end| end <= now)
+    }
+}
+
+fn on_register(state: &State, register: Register, now: Timestamp) -> Result<Step, Refusal> {
+    let Register { group, attested, key, report, token_issued_at, token_expires_at } = register;
+    admits_key(state, key, attested.replay, now)?;
+    if let State::Ended(ended) = state
+        && token_issued_at.as_second() <= ended.at.as_second()
+    {
+        return Err(Refusal::TokenFromBefore);
+    }
+    let key = KeyMemory { thumbprint: key, replay: attested.replay };
+    let before = match state {
+        State::Live(live) => live,
+        State::Absent | State::Ended(_) => {
+            let live = Live {
+                group,
+                attested,
+                key,
+                report,
+                created_at: now,
+                token_expires_at,
+                connection: Connection::Disconnected { since: now, reason: DisconnectReason::NotYetConnected },
+                health: Health { ready: true, message: String::new() },
+            };
+            return Ok(Step::live(live, vec![Effect::PublishEntry]));
+        }
+    };
+    let live = Live {
+        group,
+        attested,
+        key: before.key.renewed(&key),
+        report,
+        token_expires_at: token_expires_at.max(before.token_expires_at),
+        ..(**before).clone()
+    };
+    // The lease of an agent that is between two connections starts again: it has just been seen.
+    let live = match live.connection {
+        Connection::Disconnected { reason, .. } if live != **before => {
+            Live { connection: Connection::Disconnected { since: now, reason }, ..live }
+        }
+        _ => live,
+    };
+    let effects = if live == **before { Vec::new() } else { vec![Effect::PublishEntry] };
+    Ok(Step::live(live, effects))
+}
+
+impl KeyMemory {
+    /// The same key with newer evidence: remembered for as long as any of its evidence could be replayed.
+    fn renewed(&self, newer: &KeyMemory) -> KeyMemory {
+        let longest = match (self.replay, newer.replay) {
+            (Replay::Forever, _) | (_, Replay::Forever) => Replay::Forever,
+            (Replay::Until(a), Replay::Until(b)) => Replay::Until(a.max(b)),
+            (Replay::Until(end), Replay::BoundToKey) | (Replay::BoundToKey, Replay::Until(end)) => Replay::Until(end),
+            (Replay::BoundToKey, Replay::BoundToKey) => Replay::BoundToKey,
+        };
+        KeyMemory { thumbprint: newer.thumbprint, replay: longest }
+    }
+}
+
+fn on_live(live: &Live, event: Event, now: Timestamp, grace: Duration) -> Result<Step, Refusal> {
+    match event {
+        Event::Connect { replica, session, key } => {
+            live.requires(key)?;
+            let effects = live.end_session(EndReason::Replaced);
+            let connection = Connection::Connected { replica, session, since: now };
+            Ok(Step::live(Live { connection, ..live.clone() }, effects))
+        }
+        Event::Disconnect { session, reason } => Ok(match &live.connection {
+            Connection::Connected { session: current, .. } if *current == session => {
+                Step::live(live.disconnected(now, reason), Vec::new())
+            }
+            _ => Step::live(live.clone(), Vec::new()),
+        }),
+        Event::Renew { key, attested, token_expires_at } => {
+            live.requires(key)?;
+            let newer = KeyMemory { thumbprint: key, replay: attested.replay };
+            Ok(Step::live(
+                Live {
+                    key: live.key.renewed(&newer),
+                    attested: *attested,
+                    token_expires_at: token_expires_at.max(live.token_expires_at),
+                    ..live.clone()
+                },
+                Vec::new(),
+            ))
+        }
+        Event::Health(health) => {
+            let effects = if health == live.health { Vec::new() } else { vec![Effect::PublishEntry] };
+            Ok(Step::live(Live { health, ..live.clone() }, effects))
+        }
+        Event::Unregister { key } => {
+            live.requires(key)?;
+            Ok(live.end(EndReason::Unregistered, Some(live.key.clone()), now))
+        }
+        Event::Withdraw => Ok(live.end(EndReason::Withdrawn, Some(live.key.clone()), now)),
+        Event::Delete => Ok(live.end(EndReason::Deleted, None, now)),
+        Event::Tick => Ok(live.tick(now, grace)),
+        // `step` has taken it.
+        Event::Register(register) => on_register(&State::Live(Box::new(live.clone())), *register, now),
+    }
+}
+
+impl Live {
+    fn requires(&self, key: Thumbprint) -> Result<(), Refusal> {
+        if self.key.thumbprint == key {
+            Ok(())
+        } else {
+            Err(Refusal::AnotherKey { known: self.key.thumbprint, presented: key })
+        }
+    }
+
+    fn end_session(&self, reason: EndReason) -> Vec<Effect> {
+        match &self.connection {
+            Connection::Connected { session, .. } => vec![Effect::EndSession { session: session.clone(), reason }],
+            Connection::Disconnected { .. } => Vec::new(),
+        }
+    }
+
+    fn end(&self, reason: EndReason, key: Option<KeyMemory>, now: Timestamp) -> Step {
+        let mut effects = vec![Effect::RetractEntry];
+        effects.extend(self.end_session(reason));
+        Step { state: State::Ended(Ended { key, at: now }), effects }
+    }
+
+    fn disconnected(&self, since: Timestamp, reason: DisconnectReason) -> Live {
+        Live { connection: Connection::Disconnected { since, reason }, ..self.clone() }
+    }
+
+    fn tick(&self, now: Timestamp, grace: Duration) -> Step {
+        if self.lease_ends_at(grace) <= now {
+            return self.end(EndReason::TokenExpired, Some(self.key.clone()), now);
+        }
+        match &self.connection {
+            Connection::Connected { .. } if self.token_expires_at <= now => Step::live(
+                self.disconnected(self.token_expires_at, DisconnectReason::TokenExpired),
+                self.end_session(EndReason::TokenExpired),
+            ),
+            _ => Step::live(self.clone(), Vec::new()),
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "registration_tests.rs"]
+mod tests;
