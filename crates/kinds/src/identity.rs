@@ -61,7 +61,7 @@ pub fn from_json(value: &Value, claimed_only: &[String]) -> Result<Identity, Str
 /// The identity file of `onboardctl explain`: section 3 of the reference, with the optional key `claimedOnly`. YAML or JSON.
 pub fn read_identity_file(file: &str, text: &str) -> Result<Identity, Vec<Fault>> {
     let document = Document::new(file, String::new());
-    let mut documents = node::documents(text).into_iter();
+    let mut documents = node::documents(text);
     let node = match documents.next() {
         Some(Ok(node)) => Some(node),
         Some(Err(error)) => {
@@ -73,7 +73,7 @@ pub fn read_identity_file(file: &str, text: &str) -> Result<Identity, Vec<Fault>
             None
         }
     };
-    for other in documents {
+    for other in documents.take(10) {
         match other {
             Ok(node) => document.fault(node.line, "", "is a second document; the file must hold one identity"),
             Err(error) => document.fault(error.line, "", error.message),

@@ -86,7 +86,7 @@ pub(crate) fn read_single<T>(
         message,
     };
     let mut manifests = Manifests::default();
-    let mut documents = node::documents(text).into_iter();
+    let mut documents = node::documents(text);
     match documents.next() {
         None => manifests.faults.push(fault(1, "", format!("the file is empty, and must hold one {wanted}"))),
         Some(Err(error)) => manifests.faults.push(syntax_fault(file, error)),
@@ -97,7 +97,7 @@ pub(crate) fn read_single<T>(
             _ => read_document(file, &node, &mut manifests),
         },
     }
-    for document in documents {
+    for document in documents.take(10) {
         manifests.faults.push(match document {
             Ok(node) => fault(node.line, "", format!("is a second document; the file must hold one {wanted}")),
             Err(error) => syntax_fault(file, error),

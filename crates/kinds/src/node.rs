@@ -52,25 +52,26 @@ pub(crate) struct SyntaxError {
     pub message: String,
 }
 
-/// The documents of a file; empty ones are left out. What is wrong with one doesn't touch the others.
-pub(crate) fn documents(text: &str) -> Vec<Result<Node, SyntaxError>> {
-    if text.len() > LARGEST_FILE {
+/// The documents of a file, one after the other; empty ones are left out. What is wrong with one doesn't touch the others.
+pub(crate) fn documents(text: &str) -> impl Iterator<Item = Result<Node, SyntaxError>> {
+    let too_large = (text.len() > LARGEST_FILE).then(|| {
         let message = format!("the file has {} bytes; {LARGEST_FILE} are the most", text.len());
-        return vec![Err(SyntaxError { line: 1, message })];
+        Err(SyntaxError { line: 1, message })
+    });
+    let text = if too_large.is_some() { "" } else { text.strip_prefix('\u{feff}').unwrap_or(text) };
+    too_large.into_iter().chain(parts(text).into_iter().flat_map(|(line, part)| documents_of_part(line, part)))
+}
+
+fn documents_of_part(line: usize, part: &str) -> Vec<Result<Node, SyntaxError>> {
+    if part.len() > LARGEST_DOCUMENT {
+        let message = format!("the document has {} bytes; {LARGEST_DOCUMENT} are the most", part.len());
+        return vec![Err(SyntaxError { line, message })];
     }
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut documents = Vec::new();
-    for (line, part) in parts(text) {
-        if part.len() > LARGEST_DOCUMENT {
-            let message = format!("the document has {} bytes; {LARGEST_DOCUMENT} are the most", part.len());
-            documents.push(Err(SyntaxError { line, message }));
-            continue;
-        }
-        if let Err(mut error) = read_part(part, line - 1, &mut documents) {
-            let last = line + part.lines().count().saturating_sub(1);
-            error.line = error.line.clamp(line, last.max(line));
-            documents.push(Err(error));
-        }
+    if let Err(mut error) = read_part(part, line - 1, &mut documents) {
+        let last = line + part.lines().count().saturating_sub(1);
+        error.line = error.line.clamp(line, last.max(line));
+        documents.push(Err(error));
     }
     documents
 }
@@ -333,5 +334,94 @@ impl Node {
 
 /// The number that this text is in JSON's grammar.
 pub(crate) fn json_number(text: &str) -> Option<serde_json::Number> {
-    serde_json::from_str(text).ok()
+    let number: serde_json::Number = serde_json::from_str(text).ok()?;
+    match number.is_f64() {
+        // serde_json is content with a neighbour.
+        true => serde_json::Number::from_f64(text.parse().ok()?),
+        false => Some(number),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn json() -> impl Strategy<Value = Json> {
+        let words =
+            prop_oneof!["[ -~]{0,12}", any::<String>(), "(yes|no|~|null|true|0x1f|1e3|- a|a: b|[#&*!|>'\"%@`{}]x|---)"];
+        let leaf = prop_oneof![
+            Just(Json::Null),
+            any::<bool>().prop_map(Json::from),
+            any::<i64>().prop_map(Json::from),
+            proptest::num::f64::NORMAL.prop_map(Json::from),
+            // YAML can't write every character; what its writers make of those is theirs.
+            words.prop_filter_map("printable", |text| {
+                (!text.chars().any(crate::fault::is_unprintable)).then(|| Json::from(text))
+            }),
+        ];
+        leaf.prop_recursive(4, 32, 5, |inner| {
+            prop_oneof![
+                proptest::collection::vec(inner.clone(), 0..5).prop_map(Json::from),
+                proptest::collection::btree_map("[a-z:# -]{1,6}", inner, 0..5)
+                    .prop_map(|fields| Json::Object(fields.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        /// What another implementation writes is understood as it was meant, and as that implementation understands it.
+        #[test]
+        fn another_writer_is_understood(value in json()) {
+            let text = serde_yaml_ng::to_string(&value).unwrap();
+            let wanted: Json = serde_yaml_ng::from_str(&text).unwrap();
+            let read: Vec<_> = documents(&text).map(|node| node.unwrap().to_json()).collect();
+            match value {
+                Json::Null => prop_assert!(read.is_empty()),
+                value => {
+                    prop_assert_eq!(&read, &[value]);
+                    prop_assert_eq!(read, [wanted]);
+                }
+            }
+        }
+
+        /// JSON is YAML.
+        #[test]
+        fn json_is_understood(value in json()) {
+            let read: Vec<_> = documents(&value.to_string()).map(|node| node.unwrap().to_json()).collect();
+            prop_assert_eq!(read, if value.is_null() { vec![] } else { vec![value] });
+        }
+    }
+
+    #[test]
+    fn lines() {
+        let text = "# a\na: 1\n\nb:\n- x\n-\n  y: &y {z: 1}\n---\n- *y\n";
+        let mut documents = documents(text);
+        let Some(Ok(Node { line: 2, value: Value::Map(entries) })) = documents.next() else { panic!("no mapping") };
+        assert_eq!(entries.iter().map(|entry| (entry.line, entry.value.line)).collect::<Vec<_>>(), [(2, 2), (4, 5)]);
+        let Value::List(items) = &entries[1].value.value else { panic!("no list") };
+        assert_eq!(items.iter().map(|item| item.line).collect::<Vec<_>>(), [5, 7]);
+        // An anchor is known in its own document only.
+        assert_eq!(documents.next().unwrap().unwrap_err().line, 9);
+        assert!(documents.next().is_none());
+    }
+
+    #[test]
+    fn what_is_not_text_without_quotes() {
+        for text in [
+            "1", "-1", "+1", "01", "1_000", "0x1F", "0o17", "0b1", "1.5", ".5", "1.", "1e3", "1E+3", ".inf", "-.Inf",
+            ".nan",
+        ] {
+            assert_eq!(plain(text), Value::Number(text.to_owned()), "{text}");
+        }
+        for text in [
+            "1.2.3", "1.2.3.4", "-", "+", ".", "..", "e3", "1e", "0x", "0xg", "inf", "nan", "_1", "1h", "1:20", "::1",
+            "i-0", "=", "v1",
+        ] {
+            assert_eq!(plain(text), Value::Text(text.to_owned()), "{text}");
+        }
+        assert_eq!(plain("on"), Value::YesNo("on".to_owned()));
+        assert_eq!(plain("True"), Value::Bool(true));
+        assert_eq!(plain("~"), Value::Null);
+    }
 }
