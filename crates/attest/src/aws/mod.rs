@@ -99,7 +99,3 @@ fn role_of(caller: &CallerIdentity, instance: &InstanceIdentity) -> Result<Prove
         }
     }
 }
-
-#[cfg(test)]
-#[path = "tests.rs"]
-mod tests;

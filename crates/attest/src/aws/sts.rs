@@ -393,7 +393,3 @@ fn leaves(body: &[u8]) -> Result<Vec<Leaf>, String> {
     }
     if roots == 1 && open.is_empty() { Ok(all) } else { Err("not one whole element".to_owned()) }
 }
-
-#[cfg(test)]
-#[path = "sts_tests.rs"]
-mod tests;

@@ -58,7 +58,3 @@ pub fn attested(token: VerifiedToken) -> Attested {
         }),
     }
 }
-
-#[cfg(test)]
-#[path = "tests.rs"]
-mod tests;

@@ -90,8 +90,9 @@ impl Token {
             return Err(JwtError::Malformed("it hasn't three parts between dots".to_owned()));
         };
         let object = |part: &str, name: &str| {
-            let bytes =
-                URL_SAFE_NO_PAD.decode(part).map_err(|_| JwtError::Malformed(format!("its {name} isn't base64url")))?;
+            let bytes = URL_SAFE_NO_PAD
+                .decode(part)
+                .map_err(|_| JwtError::Malformed(format!("its {name} can't be decoded as base64url")))?;
             strict_json::object(&bytes).map_err(|problem| JwtError::Malformed(format!("its {name}: {problem}")))
         };
         let header = object(header, "header")?;
@@ -325,7 +326,3 @@ fn attributes(token: &Token, issuer: &Issuer) -> Result<BTreeMap<String, Attribu
         })
         .collect())
 }
-
-#[cfg(test)]
-#[path = "verify_tests.rs"]
-mod tests;
