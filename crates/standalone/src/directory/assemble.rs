@@ -114,15 +114,13 @@ impl Files {
     fn authorization(&mut self, current: Vec<Manifest>, wrong: &Wrong, uid: &str, out: &mut Assembled) {
         let mut planes = Vec::new();
         for item in current {
-            if wrong.has(&item.object) {
-                continue;
-            }
             match item.object {
+                Object::ControlPlane(plane) => planes.push(plane),
+                object if wrong.has(&object) => {}
                 Object::OnboardingPolicy(policy) => out.policies.push(policy),
                 Object::WorkloadGroup(group) => {
                     out.groups.insert(group.name.clone(), group);
                 }
-                Object::ControlPlane(plane) => planes.push(plane),
                 _ => {}
             }
         }

@@ -58,11 +58,13 @@ impl Row {
     }
 
     fn live(live: &Live) -> Result<Self, String> {
+        let (identity, claimed) = identity::stated_to_json(&live.attested.identity, Case::Camel);
         let mut row = Self {
             state: "live".to_owned(),
             group_namespace: Some(live.group.namespace.clone()),
             group_name: Some(live.group.name.clone()),
-            identity: Some(identity::to_json(&live.attested.identity, Case::Camel).to_string()),
+            identity: Some(identity.to_string()),
+            claimed_only: (!claimed.is_empty()).then(|| serde_json::Value::from(claimed).to_string()),
             issuer_short_name: live.attested.issuer_short_name.clone(),
             evidence_replay: Some(replay(live.attested.replay)),
             report: Some(report::to_json(&live.report).to_string()),
@@ -270,3 +272,7 @@ fn parse_reason(text: &str) -> Result<DisconnectReason, String> {
     let known = REASONS.iter().find(|(_, name)| *name == text);
     known.map(|(reason, _)| *reason).ok_or_else(|| format!("disconnect_reason {text:?} is unknown"))
 }
+
+#[cfg(test)]
+#[path = "row_tests.rs"]
+mod tests;

@@ -72,11 +72,7 @@ pub fn store_sequence(connection: &Connection, sequence: u64) -> rusqlite::Resul
 }
 
 fn read(connection: &mut Connection) -> anyhow::Result<(u64, HashMap<RegistrationName, Arc<Stored>>)> {
-    let mode: String = connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0))?;
-    if mode != "wal" {
-        bail!("its file system doesn't allow SQLite's write-ahead log (journal mode {mode}); use a local disk");
-    }
-    connection.execute_batch("PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; PRAGMA trusted_schema = OFF;")?;
+    // First of all: what isn't ours is not to be changed, and what is damaged not to be made worse.
     let sound: String = connection.query_row("PRAGMA integrity_check(1)", [], |row| row.get(0))?;
     if sound != "ok" {
         return Err(Damaged(sound).into());
@@ -84,15 +80,20 @@ fn read(connection: &mut Connection) -> anyhow::Result<(u64, HashMap<Registratio
     let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
     let tables: i64 = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
     match (version, tables) {
-        (VERSION, _) => {}
-        (0, 0) => {
-            let transaction = connection.transaction()?;
-            transaction.execute_batch(TABLES)?;
-            transaction.pragma_update(None, "user_version", VERSION)?;
-            transaction.commit()?;
-        }
+        (VERSION, _) | (0, 0) => {}
         (0, _) => bail!("it is an SQLite file of something else; give the plane a data directory of its own"),
         (newer, _) => bail!("its schema is version {newer}, this plane knows {VERSION}; run the plane that wrote it"),
+    }
+    let mode: String = connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0))?;
+    if mode != "wal" {
+        bail!("its file system doesn't allow SQLite's write-ahead log (journal mode {mode}); use a local disk");
+    }
+    connection.execute_batch("PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; PRAGMA trusted_schema = OFF;")?;
+    if version == 0 {
+        let transaction = connection.transaction()?;
+        transaction.execute_batch(TABLES)?;
+        transaction.pragma_update(None, "user_version", VERSION)?;
+        transaction.commit()?;
     }
     let sequence: i64 = connection.query_row("SELECT version FROM sequence", [], |row| row.get(0))?;
     let sequence = u64::try_from(sequence).map_err(|_| Damaged("a negative version".to_owned()))?;
