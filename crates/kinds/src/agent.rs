@@ -123,14 +123,19 @@ pub(crate) fn onboarding_configuration(root: &mut Map<'_>) -> Option<OnboardingC
             for (kind, item) in security.one_of(&["tls", "none"]) {
                 let Some(mut map) = item.map() else { continue };
                 transport = match kind {
-                    "tls" => TransportSecurity::Tls {
-                        sni: map.optional_as("sni", sni),
-                        insecure_skip_verify: map
-                            .optional("insecureSkipVerify")
-                            .and_then(|item| item.boolean())
-                            .unwrap_or(false),
-                    },
-                    _ => TransportSecurity::None,
+                    "tls" => {
+                        let sni = map.optional_as("sni", sni);
+                        let skip = map.optional("insecureSkipVerify");
+                        let insecure_skip_verify = skip.as_ref().and_then(|item| item.boolean()).unwrap_or(false);
+                        if let Some(item) = skip.filter(|_| insecure_skip_verify) {
+                            item.warn("accepts any endpoint, also an impostor; for demonstrations only");
+                        }
+                        TransportSecurity::Tls { sni, insecure_skip_verify }
+                    }
+                    _ => {
+                        item.warn("is plain text, which the endpoint never serves");
+                        TransportSecurity::None
+                    }
                 };
                 map.close();
             }

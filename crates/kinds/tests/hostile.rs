@@ -151,6 +151,15 @@ fn what_is_unwise_is_a_warning() {
     let warnings: Vec<_> = manifests.warnings.iter().map(|w| (w.line, w.path.as_str())).collect();
     assert_eq!(warnings, [(22, "spec.allow[0].workloads[1].gcp"), (23, "spec.allow[0].workloads[2].azure")]);
 
+    let onboarding = include_str!("corpus/onboarding-configuration.yaml");
+    let insecure = onboarding.replace("insecureSkipVerify: false", "insecureSkipVerify: true");
+    let plain = onboarding
+        .replace("    tls:\n      sni: onboarding-endpoint.example\n      insecureSkipVerify: false", "    none: {}");
+    for (text, warnings) in [(onboarding, 0), (insecure.as_str(), 1), (plain.as_str(), 1)] {
+        let manifests = manifest::read("f.yaml", text);
+        assert_eq!((manifests.faults.len(), manifests.warnings.len()), (0, warnings), "{text}");
+    }
+
     let plane = include_str!("corpus/control-plane.yaml");
     for (delay, warns) in [("14999ms", false), ("15s", true), ("1h", true), ("0s", false), ("0", false)] {
         let manifests =
