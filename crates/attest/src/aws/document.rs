@@ -343,7 +343,3 @@ fn is_zone_of(zone: &str, region: &str) -> bool {
             && rest.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
     })
 }
-
-#[cfg(test)]
-#[path = "document_tests.rs"]
-mod tests;
