@@ -64,7 +64,7 @@ impl MeshProvisioner {
             metrics: metrics.clone(),
         });
         say(&faults, &world);
-        metrics.members.set(world.len() as i64);
+        metrics.members.set(world.population() as i64);
         let task = tokio::spawn(async move {
             loop {
                 tokio::select! {
@@ -83,7 +83,7 @@ impl MeshProvisioner {
                 }
                 history.forget(&world);
                 metrics.worlds.observe(started.elapsed().as_secs_f64());
-                metrics.members.set(world.len() as i64);
+                metrics.members.set(world.population() as i64);
                 say(&faults, &world);
                 worlds.send_replace(world.clone());
                 tokio::select! {

@@ -253,7 +253,7 @@ impl World {
     }
 
     /// How many are in the mesh.
-    pub fn len(&self) -> usize {
+    pub fn population(&self) -> usize {
         self.seats.len()
     }
 

@@ -5,8 +5,10 @@
 mod fixture;
 
 use fixture::{Envoy, envoy_binary, http_get, member, mesh, name};
+use onboarding_kinds::mesh::{Protocol, Resolution, ServicePort, TargetPort};
 use onboarding_standalone::ca::MeshCa;
 use onboarding_standalone::data_dir::DataDir;
+use onboarding_standalone::mesh::MeshConfig;
 use onboarding_standalone::world::{Look, Rendered, World};
 use onboarding_wire::onboarding::{BootConfiguration, XdsType, boot_configuration::Sidecar};
 use std::io::{Read, Write};
@@ -127,6 +129,168 @@ fn who_is_not_concerned_sees_nothing_new() {
     // A configuration that says the same is no change.
     let same = after.next(Arc::new((*before.mesh).clone()), Vec::new());
     assert!(matches!(same.look(&name("productpage-vm2"), Some(&had)), Look::Same));
+}
+
+/// The faults of a mesh that differs from the requirement's by one change.
+fn faults_after(change: impl Fn(&mut MeshConfig)) -> (Vec<String>, BootConfiguration) {
+    let mut mesh = mesh(&["127.0.0.2"], 8080);
+    change(&mut mesh);
+    let members = vec![member("ratings", "vm1", "10.0.0.1", true), member("productpage", "vm2", "10.0.0.2", true)];
+    let world = World::empty("cluster.local").next(Arc::new(mesh), members);
+    let boot = rendered(&world, "ratings-vm1").message(None);
+    (world.faults, boot)
+}
+
+#[test]
+fn what_cannot_be_served_is_said_and_the_rest_is_served() {
+    assert_eq!(faults_after(|_| {}).0, Vec::<String>::new());
+    let said = |wanted: &str, change: fn(&mut MeshConfig)| {
+        let (faults, boot) = faults_after(change);
+        assert!(faults.iter().any(|fault| fault.contains(wanted)), "{wanted}: {faults:#?}");
+        boot
+    };
+    let boot = said("2 TCP services share 127.0.0.2:8080", |mesh| {
+        mesh.service_entries.clear();
+        mesh.services.iter_mut().for_each(|service| service.ports[0].protocol = Protocol::Tcp);
+    });
+    let listener = resource(&boot, XdsType::Listener, "127.0.0.2_8080").to_string();
+    assert!(
+        listener.contains("outbound|8080||productpage") && listener.contains("TcpProxy"),
+        "the first by name: {listener}"
+    );
+    let boot =
+        said("ratings.bookinfo.svc.cluster.local:8080 is TCP, but the listener 127.0.0.2:8080 is HTTP", |mesh| {
+            mesh.services[1].ports[0].protocol = Protocol::Tcp;
+        });
+    assert!(!names(&boot).iter().any(|name| name.starts_with("Cluster outbound|8080||ratings")));
+    said("nothing listens", |mesh| {
+        for sidecar in &mut mesh.sidecars {
+            sidecar.egress[0].port.as_mut().unwrap().protocol = Some(Protocol::Tcp);
+        }
+    });
+    said("127.0.0.2:8080 is another egress listener's already", |mesh| {
+        let again = mesh.sidecars[1].egress[0].clone();
+        mesh.sidecars[1].egress.push(again);
+    });
+    said("spec.selector: without one", |mesh| mesh.services[0].selector.clear());
+    said("NONE needs the original address", |mesh| mesh.service_entries[0].resolution = Resolution::None);
+    said("STATIC needs addresses", |mesh| mesh.service_entries[0].endpoints.clear());
+    said("is not an IP address, which STATIC needs", |mesh| {
+        mesh.service_entries[0].endpoints[0].address = "example.net".to_owned();
+    });
+    said("*.example.org can't be resolved", |mesh| {
+        let entry = &mut mesh.service_entries[0];
+        (entry.hosts, entry.resolution) = (vec!["*.example.org".to_owned()], Resolution::Dns);
+        entry.endpoints.clear();
+    });
+    said("is another Service's or ServiceEntry's already", |mesh| {
+        let mut again = mesh.service_entries[0].clone();
+        again.name = "example-org-again".to_owned();
+        mesh.service_entries.push(again);
+    });
+    said("is where the listener itself is", |mesh| {
+        mesh.sidecars[1].ingress[0].default_endpoint = "0.0.0.0:8080".to_owned();
+    });
+    said("is neither IP:PORT nor unix:///PATH", |mesh| {
+        mesh.sidecars[1].ingress[0].default_endpoint = "localhost:8080".to_owned();
+    });
+    said("isn't in it; its workloads get no traffic", |mesh| {
+        mesh.services[1].ports[0].target_port = Some(TargetPort::Name("web".to_owned()));
+    });
+    said("several Sidecars select its workloads", |mesh| {
+        let mut again = mesh.sidecars[1].clone();
+        again.name = "ratings-again".to_owned();
+        mesh.sidecars.push(again);
+    });
+    said("is served on 127.0.0.2 and on 127.0.0.3", |mesh| {
+        let port = ServicePort { number: 8081, ..mesh.services[1].ports[0].clone() };
+        mesh.services[1].ports.push(port);
+        let mut other = mesh.sidecars[1].egress[0].clone();
+        (other.bind, other.port.as_mut().unwrap().number) = (Some("127.0.0.3".to_owned()), 8081);
+        mesh.sidecars[1].egress.push(other);
+    });
+}
+
+#[test]
+fn hosts_and_export_say_what_a_listener_leads_to() {
+    let clusters = |hosts: &[&str], export: &[&str]| {
+        let (_, boot) = faults_after(|mesh| {
+            let mut elsewhere = mesh.service_entries[0].clone();
+            (elsewhere.namespace, elsewhere.hosts) = ("shop".to_owned(), vec!["api.shop.example".to_owned()]);
+            elsewhere.export_to = export.iter().map(|to| (*to).to_owned()).collect();
+            mesh.service_entries.push(elsewhere);
+            mesh.sidecars[1].egress[0].hosts = hosts.iter().map(|host| (*host).to_owned()).collect();
+        });
+        let clusters =
+            names(&boot).into_iter().filter_map(|name| Some(name.strip_prefix("Cluster outbound|8080||")?.to_owned()));
+        clusters.collect::<Vec<_>>()
+    };
+    let (own, shop) = (
+        ["example.org", "productpage.bookinfo.svc.cluster.local", "ratings.bookinfo.svc.cluster.local"],
+        "api.shop.example",
+    );
+    assert_eq!(clusters(&["./*"], &[]), own);
+    assert_eq!(clusters(&["bookinfo/*"], &[]), own);
+    assert_eq!(clusters(&["*/*"], &[]), [&[shop], own.as_slice()].concat());
+    assert_eq!(clusters(&["*/*"], &["*"]), [&[shop], own.as_slice()].concat());
+    assert_eq!(clusters(&["*/*"], &["."]), own);
+    assert_eq!(clusters(&["shop/*"], &[]), [shop]);
+    assert_eq!(clusters(&["~/*"], &[]), Vec::<String>::new());
+    assert_eq!(clusters(&["*/*.bookinfo.svc.cluster.local"], &[]), own[1..]);
+    assert_eq!(clusters(&["./ratings.bookinfo.svc.cluster.local", "./example.org"], &[]), [own[0], own[2]]);
+}
+
+#[test]
+fn only_the_service_accounts_behind_a_service_may_answer_for_it() {
+    let exact = |change: fn(&mut MeshConfig)| {
+        let (_, boot) = faults_after(change);
+        let cluster = resource(&boot, XdsType::Cluster, "outbound|8080||ratings.bookinfo.svc.cluster.local");
+        let context = &cluster["transport_socket"]["typed_config"]["common_tls_context"];
+        let names =
+            &context["combined_validation_context"]["default_validation_context"]["match_typed_subject_alt_names"];
+        let names = names.as_array().unwrap().iter().map(|name| name["matcher"]["exact"].as_str().unwrap().to_owned());
+        names.collect::<Vec<_>>()
+    };
+    assert_eq!(exact(|_| {}), ["spiffe://cluster.local/ns/bookinfo/sa/ratings-vm"]);
+    // Nobody is behind it: nobody may answer, instead of everybody.
+    assert_eq!(
+        exact(|mesh| mesh.services[1].selector = [("app".to_owned(), "none".to_owned())].into()),
+        ["spiffe://cluster.local/nobody"]
+    );
+    // By a label that an agent added, too.
+    assert_eq!(
+        exact(|mesh| mesh.services[1].selector = [("version".to_owned(), "v1".to_owned())].into()),
+        ["spiffe://cluster.local/ns/bookinfo/sa/productpage-vm", "spiffe://cluster.local/ns/bookinfo/sa/ratings-vm"]
+    );
+}
+
+#[test]
+fn a_name_that_the_hosts_file_maps_to_the_sidecar_is_resolved_by_dns_alone() {
+    let (_, boot) = faults_after(|mesh| {
+        let entry = &mut mesh.service_entries[0];
+        entry.resolution = Resolution::Dns;
+        entry.endpoints.clear();
+    });
+    let cluster = resource(&boot, XdsType::Cluster, "outbound|8080||example.org").to_string();
+    assert!(cluster.contains("\"address\":\"example.org.\""), "{cluster}");
+}
+
+#[test]
+fn ten_thousand_workloads_share_what_they_have_in_common() {
+    let mesh = Arc::new(mesh(&["127.0.0.2"], 8080));
+    let many = (0..10_000)
+        .map(|index| member("ratings", &format!("vm{index}"), &format!("10.1.{}.{}", index / 250, index % 250), true));
+    let world = World::empty("cluster.local").next(mesh.clone(), many.collect());
+    let (first, last) = (rendered(&world, "ratings-vm0"), rendered(&world, "ratings-vm9999"));
+    let started = std::time::Instant::now();
+    let after = world.next(mesh, vec![member("productpage", "vm", "10.0.0.2", true)]);
+    let took = started.elapsed();
+    for (name_, had) in [("ratings-vm0", &first), ("ratings-vm9999", &last)] {
+        let Look::New(has) = after.look(&name(name_), Some(had)) else { panic!("nothing new") };
+        let boot = has.message(Some(had));
+        assert_eq!(names(&boot), ["Endpoint outbound|8080||productpage.bookinfo.svc.cluster.local"]);
+    }
+    println!("one join among 10,000: {took:?}");
 }
 
 #[test]
