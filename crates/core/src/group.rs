@@ -128,3 +128,7 @@ impl HostReport {
         })
     }
 }
+
+#[cfg(test)]
+#[path = "group_tests.rs"]
+mod tests;

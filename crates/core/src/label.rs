@@ -44,3 +44,48 @@ impl LabelSelector {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn labels(pairs: &[(&str, &str)]) -> Labels {
+        pairs.iter().map(|&(key, value)| (key.to_owned(), value.to_owned())).collect()
+    }
+
+    fn selector(operators: Vec<Operator>) -> LabelSelector {
+        let requirement = |operator| Requirement { key: "app".to_owned(), operator };
+        LabelSelector { requirements: operators.into_iter().map(requirement).collect() }
+    }
+
+    #[test]
+    fn operators_as_kubernetes_defines_them() {
+        let values = || vec!["ratings".to_owned(), "reviews".to_owned()];
+        // The operator; whether it holds for app=reviews, app=details, no label app.
+        let cases = [
+            (Operator::In(values()), [true, false, false]),
+            (Operator::NotIn(values()), [false, true, true]),
+            (Operator::Exists, [true, true, false]),
+            (Operator::DoesNotExist, [false, false, true]),
+        ];
+        for (operator, wanted) in cases {
+            let selector = selector(vec![operator]);
+            let found = [labels(&[("app", "reviews")]), labels(&[("app", "details")]), labels(&[("class", "vm")])]
+                .map(|labels| selector.matches(&labels));
+            assert_eq!(found, wanted, "{selector:?}");
+        }
+    }
+
+    #[test]
+    fn nothing_required_selects_everything() {
+        assert!(LabelSelector::default().matches(&Labels::new()));
+    }
+
+    #[test]
+    fn every_requirement_must_hold_and_the_first_that_does_not_is_named() {
+        let both = selector(vec![Operator::Exists, Operator::NotIn(vec!["details".to_owned()])]);
+        assert!(both.matches(&labels(&[("app", "ratings")])));
+        assert_eq!(both.first_mismatch(&labels(&[("app", "details")])), Some(&both.requirements[1]));
+        assert_eq!(both.first_mismatch(&Labels::new()), Some(&both.requirements[0]));
+    }
+}

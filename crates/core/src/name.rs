@@ -45,7 +45,8 @@ pub enum NameError {
 /// `<workload-group-name>-<workload-identity>` (reference, section 3).
 ///
 /// Two pairs of group and identity never share a name: where the plain form isn't a valid name, is too long, or could be
-/// read in another way, it is slugged and ends in `-x` and 24 hexadecimal digits of a digest over all its parts.
+/// read in another way, it is slugged and ends in `-x` and 32 hexadecimal digits of a digest over all its parts (128 bits: whoever chooses both of two
+/// subjects still can't make them share a name).
 pub fn registration_name(
     group: &GroupName,
     identity: &Identity,
@@ -62,7 +63,7 @@ pub fn registration_name(
 }
 
 const LONGEST_NAME: usize = 253;
-const DIGEST_DIGITS: usize = 24;
+const DIGEST_DIGITS: usize = 32;
 
 /// The identity's part of the name, in pieces: how they are put together is the platform's business.
 enum Parts<'a> {
@@ -107,20 +108,23 @@ impl Parts<'_> {
     /// Whether each piece can be found again in what [`Parts::join`] makes of them. An issuer's short name has no `--`, so
     /// the subject may be anything.
     fn separable(&self) -> bool {
-        let plain = |piece: &str| !piece.contains("--");
+        // Also not at an edge of the piece, where it would make one together with its neighbour.
+        let without = |piece: &str, separators: &[&str]| {
+            let piece = format!("-{piece}-");
+            separators.iter().all(|separator| !piece.contains(separator))
+        };
+        let is_zone = |zone: &str| without(zone, &["-ec2-", "-ecs-"]);
         match self {
-            Self::Ec2 { partition, account, zone, instance } => {
-                is_account(account) && is_partition(partition) && !zone.contains("-ec2-") && plain(instance)
+            Self::Ec2 { partition, account, zone, .. } => {
+                is_account(account) && is_partition(partition) && is_zone(zone)
             }
             Self::Ecs { partition, account, zone, task, .. } => {
-                is_account(account) && is_partition(partition) && !zone.contains("-ecs-") && !task.contains('-')
+                is_account(account) && is_partition(partition) && is_zone(zone) && !task.contains('-')
             }
-            Self::Gcp { project, zone, instance } => {
-                project.bytes().all(|b| b.is_ascii_digit()) && !zone.contains("-gce-") && !instance.contains('-')
-            }
+            Self::Gcp { project, zone, .. } => project.bytes().all(|b| b.is_ascii_digit()) && without(zone, &["-gce-"]),
             // A resource group may contain anything that could also be a separator.
             Self::Azure { .. } => false,
-            Self::Jwt { issuer, .. } => plain(issuer),
+            Self::Jwt { issuer, .. } => without(issuer, &["--"]),
         }
     }
 }

@@ -80,6 +80,16 @@ fn a_group_can_not_be_taken_for_a_part_of_an_identity() {
 }
 
 #[test]
+fn a_zone_or_a_cluster_can_not_shift_the_border_to_its_neighbour() {
+    assert_ne!(name("x", &ec2("a-ec2", "i-1")), name("x", &ec2("a", "ec2-i-1")));
+    let Identity::Aws(task) = ecs("b-ec2-c", "d") else { unreachable!() };
+    let task = Identity::Aws(AwsIdentity { zone: proven("a"), ..task });
+    assert_ne!(name("x", &task), name("x", &ec2("a-ecs-b", "c-d")));
+    let named = |issuer, subject| registration_name(&group("x"), &jwt(subject), Some(issuer)).unwrap().name;
+    assert_ne!(named("my-", "s"), named("my", "-s"));
+}
+
+#[test]
 fn what_is_only_claimed_names_nobody() {
     let Identity::Aws(mut aws) = ec2("us-east-2b", "i-1") else { unreachable!() };
     aws.zone = Fact::claimed("us-east-2b".to_owned());
@@ -96,13 +106,14 @@ fn what_is_only_claimed_names_nobody() {
 proptest! {
     #[test]
     fn names_are_valid_and_nobodys_else(
-        inputs in proptest::collection::vec(("[a-c](-?[a-c]|-jwt-){0,3}[a-c]", "[a-b./A -]{1,5}|(b-jwt-my-corp--){0,2}[a-b]{1,2}", 0..3u8), 1..60)
+        inputs in proptest::collection::vec(("[a-c](-?[a-c]|-jwt-){0,3}[a-c]", "[a-b./A -]{1,5}|(a-ec[2s]-?|b){1,2}|(b-jwt-my-corp--){0,2}[a-b]{1,2}", 0..4u8), 1..60)
     ) {
         let mut seen: HashMap<String, (String, String, u8)> = HashMap::new();
         for (group_name, text, platform) in inputs {
             let identity = match platform {
                 0 => jwt(&text),
                 1 => ec2("us-east-2b", &text),
+                2 => ec2(&text, "i-1"),
                 _ => ecs(&text, "3a15"),
             };
             let name = name(&group_name, &identity);

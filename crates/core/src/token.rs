@@ -1,6 +1,6 @@
 //! The Workload Onboarding Token: its claims, and the rules by which one is accepted. Signing and parsing are the endpoint's.
 
-use crate::identity::{Identity, Thumbprint};
+use crate::identity::{Attested, Thumbprint};
 use crate::name::{GroupName, RegistrationName};
 use crate::registration::{Ended, State};
 use jiff::Timestamp;
@@ -19,8 +19,8 @@ pub struct Claims {
     pub expires_at: Timestamp,
     /// `jti`.
     pub id: String,
-    /// `claims.workload`: only what was proven.
-    pub workload: Identity,
+    /// What was attested when it was issued. `claims.workload` is its identity, of which only what was proven travels.
+    pub attested: Attested,
     /// `claims.workload_group`.
     pub group: GroupName,
     /// `cnf: {"jkt": ...}`: the thumbprint of the agent's key, in hex.
@@ -75,8 +75,7 @@ pub fn accept(claims: &Claims, plane_uid: &str, key: Thumbprint, now: Timestamp)
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::identity::JwtIdentity;
-    use crate::identity::{Fact, Proven};
+    use crate::identity::{Fact, Identity, JwtIdentity, Proven, Replay};
 
     fn at(second: i64) -> Timestamp {
         Timestamp::from_second(second).unwrap()
@@ -91,11 +90,15 @@ mod tests {
             issued_at: at(1000),
             expires_at: at(4600),
             id: "1".to_owned(),
-            workload: Identity::Jwt(JwtIdentity {
-                issuer: Fact::Proven(Proven::by_attestor("https://i".to_owned())),
-                subject: Fact::Proven(Proven::by_attestor("s".to_owned())),
-                attributes: Default::default(),
-            }),
+            attested: Attested {
+                identity: Identity::Jwt(JwtIdentity {
+                    issuer: Fact::Proven(Proven::by_attestor("https://i".to_owned())),
+                    subject: Fact::Proven(Proven::by_attestor("s".to_owned())),
+                    attributes: Default::default(),
+                }),
+                issuer_short_name: Some("i".to_owned()),
+                replay: Replay::BoundToKey,
+            },
             group: GroupName { namespace: "bookinfo".to_owned(), name: "a".to_owned() },
             key: KEY,
         }
