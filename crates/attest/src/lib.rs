@@ -17,6 +17,7 @@ use onboarding_wire::onboarding::{AwsEc2Credential, JwtCredential};
 
 /// What an agent presents.
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant, reason = "one lives for the time of a call; a box would be in every caller's way")]
 pub enum Evidence {
     AwsEc2(AwsEc2Credential),
     Jwt(JwtCredential),
