@@ -127,3 +127,12 @@ pub trait KeyStore: Send + Sync + 'static {
     /// Durable and readable by nobody else when it returns.
     async fn store(&self, expected: u64, keys: &[u8]) -> Result<u64, RegistryError>;
 }
+
+/// The world as one endpoint sees it.
+#[derive(Clone)]
+pub struct Backend {
+    pub config: std::sync::Arc<dyn ConfigSource>,
+    pub registry: std::sync::Arc<dyn Registry>,
+    pub provisioner: std::sync::Arc<dyn Provisioner>,
+    pub keys: std::sync::Arc<dyn KeyStore>,
+}

@@ -1,0 +1,133 @@
+//! The admin socket: what `onboardctl` asks and deletes. A Unix socket that only the plane's own user can open.
+
+use crate::authority::Authority;
+use anyhow::Context;
+use axum::extract::{Path, State as Shared};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use onboarding_core::name::RegistrationName;
+use onboarding_core::registration::{Event, State};
+use onboarding_kinds::war;
+use onboarding_runtime::readiness::Readiness;
+use serde_json::{Value, json};
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tokio::net::UnixListener;
+use tokio_util::sync::CancellationToken;
+
+#[derive(Clone)]
+struct Admin {
+    authority: Arc<Authority>,
+    readiness: Readiness,
+}
+
+/// Opens the socket (0600) and serves until `stop`.
+pub(crate) fn serve(
+    path: PathBuf,
+    authority: Arc<Authority>,
+    readiness: Readiness,
+    stop: CancellationToken,
+) -> anyhow::Result<tokio::task::JoinHandle<()>> {
+    // Left behind by a plane that was killed; the data directory's lock says that none is running.
+    if path.exists() {
+        std::fs::remove_file(&path).with_context(|| format!("removing the old {}", path.display()))?;
+    }
+    let listener = UnixListener::bind(&path).with_context(|| format!("opening the admin socket {}", path.display()))?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))
+        .with_context(|| format!("protecting the admin socket {}", path.display()))?;
+    let app = Router::new()
+        .route("/v1/workloads", get(list))
+        .route("/v1/workloads/{namespace}/{name}", get(show).delete(delete))
+        .route("/v1/status", get(status))
+        .with_state(Admin { authority, readiness });
+    Ok(tokio::spawn(async move {
+        let served = axum::serve(listener, app).with_graceful_shutdown(async move { stop.cancelled().await }).await;
+        if let Err(error) = served {
+            tracing::error!(%error, "the admin socket failed");
+        }
+        let _ = std::fs::remove_file(path);
+    }))
+}
+
+async fn list(Shared(admin): Shared<Admin>) -> Response {
+    let snapshot = admin.authority.snapshot();
+    match admin.authority.backend.registry.list().await {
+        Ok(all) => {
+            let mut items: Vec<(RegistrationName, Value)> = all
+                .into_iter()
+                .filter_map(|(name, stored)| match stored.state {
+                    State::Live(live) => {
+                        let mut resource = war::resource(&name, &live, None);
+                        // Ours: whether a policy admits it as things are now.
+                        resource["status"]["admitted"] = crate::lifecycle::admitted(&snapshot, &live).into();
+                        Some((name, resource))
+                    }
+                    _ => None,
+                })
+                .collect();
+            items.sort_by(|(a, _), (b, _)| a.cmp(b));
+            let items: Vec<Value> = items.into_iter().map(|(_, resource)| resource).collect();
+            Json(json!({ "items": items })).into_response()
+        }
+        Err(error) => unavailable(&error.to_string()),
+    }
+}
+
+async fn show(Shared(admin): Shared<Admin>, Path((namespace, name)): Path<(String, String)>) -> Response {
+    let name = RegistrationName { namespace, name };
+    match admin.authority.backend.registry.load(&name).await {
+        Ok(stored) => match stored.state {
+            State::Live(live) => Json(war::resource(&name, &live, None)).into_response(),
+            State::Absent | State::Ended(_) => not_found(&name),
+        },
+        Err(error) => unavailable(&error.to_string()),
+    }
+}
+
+async fn delete(Shared(admin): Shared<Admin>, Path((namespace, name)): Path<(String, String)>) -> Response {
+    let name = RegistrationName { namespace, name };
+    let before = match admin.authority.backend.registry.load(&name).await {
+        Ok(stored) => stored.state,
+        Err(error) => return unavailable(&error.to_string()),
+    };
+    let key_known = match &before {
+        State::Absent => return not_found(&name),
+        State::Ended(ended) => ended.key.is_some(),
+        State::Live(_) => true,
+    };
+    match admin.authority.lifecycle.apply(&name, Event::Delete).await {
+        Ok(_) => {
+            tracing::info!(registration = %name, "deleted by an operator");
+            Json(json!({ "deleted": matches!(before, State::Live(_)), "keyForgotten": key_known })).into_response()
+        }
+        Err(error) => unavailable(&error.to_string()),
+    }
+}
+
+async fn status(Shared(admin): Shared<Admin>) -> Response {
+    let snapshot = admin.authority.snapshot();
+    let missing = admin.readiness.reasons();
+    Json(json!({
+        "ready": missing.is_empty(),
+        "missing": missing,
+        "faults": snapshot.faults,
+        "policyUnreadable": snapshot.policy_unreadable,
+        "sessions": admin.authority.lifecycle.sessions().count(),
+        "uid": snapshot.plane.as_ref().map(|plane| plane.uid.clone()),
+        "hosts": snapshot.plane.as_ref().map(|plane| plane.hosts.clone()),
+        "generation": snapshot.generation,
+    }))
+    .into_response()
+}
+
+fn not_found(name: &RegistrationName) -> Response {
+    let message = format!("there is no registration {name}, and no key is remembered for it");
+    (StatusCode::NOT_FOUND, Json(json!({ "message": message }))).into_response()
+}
+
+fn unavailable(why: &str) -> Response {
+    (StatusCode::SERVICE_UNAVAILABLE, Json(json!({ "message": why }))).into_response()
+}

@@ -1,0 +1,98 @@
+//! What is known of one connection: its peer, its challenge, and the key that it has proven.
+
+use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1, ParsedPublicKey};
+use onboarding_core::identity::Thumbprint;
+use onboarding_wire::onboarding::KeyProof;
+use onboarding_wire::proof::{Purpose, signed_bytes, thumbprint};
+use std::net::SocketAddr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use tonic::{Request, Status};
+
+pub(crate) type Challenge = [u8; 32];
+
+/// A P-256 SubjectPublicKeyInfo is 91 bytes; its signature in DER at most 72.
+const LONGEST_PUBLIC_KEY: usize = 128;
+const LONGEST_SIGNATURE: usize = 80;
+/// The algorithm identifier that a P-256 SubjectPublicKeyInfo with an uncompressed point begins with (RFC 5480).
+const P256_SPKI_PREFIX: [u8; 27] = [
+    0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a, 0x86, 0x48, 0xce,
+    0x3d, 0x03, 0x01, 0x07, 0x03, 0x42, 0x00, 0x04,
+];
+
+/// In the extensions of each of its requests, as `Arc<Connection>`.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    pub(crate) peer: SocketAddr,
+    facts: Mutex<Facts>,
+}
+
+#[derive(Debug, Default)]
+struct Facts {
+    challenge: Option<Challenge>,
+    proven: Option<Thumbprint>,
+}
+
+impl Connection {
+    pub(crate) fn new(peer: SocketAddr) -> Self {
+        Self { peer, facts: Mutex::default() }
+    }
+
+    /// The connection that a request came on.
+    pub(crate) fn of<T>(request: &Request<T>) -> Result<std::sync::Arc<Self>, Status> {
+        request
+            .extensions()
+            .get::<std::sync::Arc<Self>>()
+            .cloned()
+            .ok_or_else(|| Status::internal("the request came on no connection of this endpoint"))
+    }
+
+    /// A fresh challenge, in place of an earlier one.
+    pub(crate) fn challenge(&self) -> Result<Challenge, Status> {
+        let mut challenge = [0; 32];
+        aws_lc_rs::rand::fill(&mut challenge).map_err(|_| Status::internal("no randomness for a challenge"))?;
+        self.lock().challenge = Some(challenge);
+        Ok(challenge)
+    }
+
+    /// Verifies a proof over this connection's challenge, which it uses up whether it is good or not.
+    pub(crate) fn prove(
+        &self,
+        plane_uid: &str,
+        proof: Option<&KeyProof>,
+        purpose: Purpose<'_>,
+    ) -> Result<(Thumbprint, Challenge), Status> {
+        let challenge = self.lock().challenge.take().ok_or_else(|| {
+            Status::failed_precondition(
+                "this connection has no challenge: call Discover first; a challenge serves one call, on its own connection",
+            )
+        })?;
+        let proof = proof.ok_or_else(|| Status::unauthenticated("the proof of the agent's key is missing"))?;
+        if proof.public_key.len() > LONGEST_PUBLIC_KEY || !proof.public_key.starts_with(&P256_SPKI_PREFIX) {
+            return Err(Status::unauthenticated("the agent's key is no P-256 SubjectPublicKeyInfo"));
+        }
+        if proof.signature.len() > LONGEST_SIGNATURE {
+            return Err(Status::unauthenticated("the agent's signature is longer than one can be"));
+        }
+        let key = ParsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, &proof.public_key)
+            .map_err(|_| Status::unauthenticated("the agent's key is no point of P-256"))?;
+        key.verify_sig(&signed_bytes(plane_uid, &challenge, purpose), &proof.signature).map_err(|_| {
+            Status::unauthenticated(
+                "the agent's signature does not fit its key, this connection's challenge, the evidence and the group",
+            )
+        })?;
+        Ok((thumbprint(&proof.public_key), challenge))
+    }
+
+    pub(crate) fn proven(&self) -> Option<Thumbprint> {
+        self.lock().proven
+    }
+
+    pub(crate) fn set_proven(&self, key: Thumbprint) {
+        self.lock().proven = Some(key);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Facts> {
+        // Two options are whole whatever panicked while they were held.
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,292 @@
+//! Workload Onboarding Tokens as JWTs: ES256, signed by keys that are kept in the [`KeyStore`] and rotated with overlap.
+
+use crate::backend::{KeyStore, RegistryError};
+use aws_lc_rs::rand::SystemRandom;
+use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair};
+use base64::Engine;
+use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
+use jiff::Timestamp;
+use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation, decode, decode_header, encode};
+use onboarding_core::identity::{Attested, Replay};
+use onboarding_core::name::{GroupName, RegistrationName};
+use onboarding_core::registration::LONGEST_TOKEN_LIFE;
+use onboarding_core::token::Claims;
+use onboarding_kinds::identity::{Case, from_json, to_json};
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::RwLock;
+
+/// How long a key signs before the next one does.
+const KEY_LIFE: Duration = Duration::from_secs(24 * 60 * 60);
+/// A token of ours is under 2 KiB.
+const LONGEST_TOKEN: usize = 16 * 1024;
+
+/// Signs and verifies.
+pub(crate) struct Tokens {
+    store: Arc<dyn KeyStore>,
+    ring: RwLock<Ring>,
+}
+
+#[derive(Default)]
+struct Ring {
+    version: u64,
+    signing: Option<SigningKey>,
+    verifying: HashMap<String, DecodingKey>,
+}
+
+struct SigningKey {
+    id: String,
+    key: EncodingKey,
+    retires_at: Timestamp,
+}
+
+/// As kept in the store.
+#[derive(Serialize, Deserialize)]
+struct StoredKey {
+    kid: String,
+    /// PKCS #8, base64.
+    key: String,
+    created_at: Timestamp,
+}
+
+/// Why a token can't be signed or read.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum TokenError {
+    #[error("the token is not one of this plane's: {0}; onboard again")]
+    NotOurs(&'static str),
+    #[error("the keys of tokens can't be used now: {0}")]
+    Unavailable(String),
+}
+
+impl Tokens {
+    /// Loads the keys, and makes the first.
+    pub(crate) async fn open(store: Arc<dyn KeyStore>, now: Timestamp) -> Result<Self, TokenError> {
+        let tokens = Self { store, ring: RwLock::default() };
+        tokens.refresh(now).await?;
+        Ok(tokens)
+    }
+
+    pub(crate) async fn sign(&self, claims: &Claims) -> Result<String, TokenError> {
+        let retired = self.ring.read().await.signing.as_ref().is_none_or(|key| key.retires_at <= claims.issued_at);
+        if retired {
+            self.refresh(claims.issued_at).await?;
+        }
+        let ring = self.ring.read().await;
+        let signing =
+            ring.signing.as_ref().ok_or_else(|| TokenError::Unavailable("there is no signing key".to_owned()))?;
+        let header = Header { kid: Some(signing.id.clone()), ..Header::new(Algorithm::ES256) };
+        encode(&header, &Wire::from(claims), &signing.key)
+            .map_err(|error| TokenError::Unavailable(format!("signing: {error}")))
+    }
+
+    /// What a token of ours says. Whether it may be used is [`onboarding_core::token::accept`]'s to say.
+    pub(crate) async fn read(&self, token: &str) -> Result<Claims, TokenError> {
+        if token.len() > LONGEST_TOKEN {
+            return Err(TokenError::NotOurs("it is too long"));
+        }
+        let header = decode_header(token).map_err(|_| TokenError::NotOurs("it is no JWT"))?;
+        let kid = header.kid.ok_or(TokenError::NotOurs("it names no key"))?;
+        let mut key = self.ring.read().await.verifying.get(&kid).cloned();
+        if key.is_none() {
+            // Another replica may have made it.
+            self.reload().await?;
+            key = self.ring.read().await.verifying.get(&kid).cloned();
+        }
+        let key = key.ok_or(TokenError::NotOurs("it is signed by a key that isn't ours, or is ours no longer"))?;
+        // The signature alone: the claims' rules are the core's.
+        let mut signature_only = Validation::new(Algorithm::ES256);
+        signature_only.required_spec_claims.clear();
+        signature_only.validate_exp = false;
+        signature_only.validate_nbf = false;
+        signature_only.validate_aud = false;
+        let data = decode::<Wire>(token, &key, &signature_only)
+            .map_err(|_| TokenError::NotOurs("its signature is wrong"))?;
+        Claims::try_from(data.claims)
+    }
+
+    async fn reload(&self) -> Result<(), TokenError> {
+        let (bytes, version) = self.store.load().await.map_err(unavailable)?;
+        if version != self.ring.read().await.version {
+            *self.ring.write().await = Ring::new(&parse(&bytes)?, version)?;
+        }
+        Ok(())
+    }
+
+    /// A key that may sign now: the store's, or a new one beside those whose tokens may still live.
+    async fn refresh(&self, now: Timestamp) -> Result<(), TokenError> {
+        for _ in 0..8 {
+            let (bytes, version) = self.store.load().await.map_err(unavailable)?;
+            let mut keys = parse(&bytes)?;
+            keys.retain(|key| {
+                key.created_at.checked_add(KEY_LIFE + LONGEST_TOKEN_LIFE).is_ok_and(|forgotten| now < forgotten)
+            });
+            let fresh = keys.iter().any(|key| key.created_at.checked_add(KEY_LIFE).is_ok_and(|end| now < end));
+            if fresh {
+                *self.ring.write().await = Ring::new(&keys, version)?;
+                return Ok(());
+            }
+            keys.push(StoredKey::new(now)?);
+            let bytes = serde_json::to_vec(&keys).map_err(|error| TokenError::Unavailable(error.to_string()))?;
+            match self.store.store(version, &bytes).await {
+                Ok(version) => {
+                    *self.ring.write().await = Ring::new(&keys, version)?;
+                    return Ok(());
+                }
+                Err(RegistryError::Conflict) => {}
+                Err(error) => return Err(unavailable(error)),
+            }
+        }
+        Err(TokenError::Unavailable("other replicas change the keys all the time".to_owned()))
+    }
+}
+
+fn unavailable(error: RegistryError) -> TokenError {
+    TokenError::Unavailable(error.to_string())
+}
+
+fn parse(bytes: &[u8]) -> Result<Vec<StoredKey>, TokenError> {
+    if bytes.is_empty() {
+        return Ok(Vec::new());
+    }
+    serde_json::from_slice(bytes)
+        .map_err(|_| TokenError::Unavailable("the stored keys are damaged; remove them to make new ones".to_owned()))
+}
+
+impl StoredKey {
+    fn new(now: Timestamp) -> Result<Self, TokenError> {
+        let broken = |_| TokenError::Unavailable("a key could not be made".to_owned());
+        let document =
+            EcdsaKeyPair::generate_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &SystemRandom::new()).map_err(broken)?;
+        let mut id = [0; 8];
+        aws_lc_rs::rand::fill(&mut id).map_err(broken)?;
+        Ok(Self { kid: URL_SAFE_NO_PAD.encode(id), key: STANDARD.encode(document.as_ref()), created_at: now })
+    }
+}
+
+impl Ring {
+    fn new(keys: &[StoredKey], version: u64) -> Result<Self, TokenError> {
+        let damaged = || TokenError::Unavailable("a stored key is damaged; remove the keys to make new ones".to_owned());
+        let mut ring = Self { version, ..Self::default() };
+        for stored in keys {
+            let pkcs8 = STANDARD.decode(&stored.key).map_err(|_| damaged())?;
+            let pair =
+                EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &pkcs8).map_err(|_| damaged())?;
+            ring.verifying.insert(stored.kid.clone(), DecodingKey::from_ec_der(pair.public_key().as_ref()));
+            let retires_at = stored.created_at.checked_add(KEY_LIFE).map_err(|_| damaged())?;
+            if ring.signing.as_ref().is_none_or(|newest| newest.retires_at <= retires_at) {
+                ring.signing =
+                    Some(SigningKey { id: stored.kid.clone(), key: EncodingKey::from_ec_der(&pkcs8), retires_at });
+            }
+        }
+        Ok(ring)
+    }
+}
+
+/// The claims as they travel (reference, section 7).
+#[derive(Serialize, Deserialize)]
+struct Wire {
+    iss: String,
+    azp: String,
+    aud: String,
+    sub: String,
+    exp: i64,
+    iat: i64,
+    jti: String,
+    claims: WireWorkload,
+    cnf: Confirmation,
+    /// How long the evidence could be replayed, and the issuer's short name: what a registration has to remember.
+    evidence: WireEvidence,
+}
+
+#[derive(Serialize, Deserialize)]
+struct WireWorkload {
+    workload: serde_json::Value,
+    workload_group: WireGroup,
+}
+
+#[derive(Serialize, Deserialize)]
+struct WireGroup {
+    namespace: String,
+    name: String,
+}
+
+/// RFC 7800: the holder of the token proves this key.
+#[derive(Serialize, Deserialize)]
+struct Confirmation {
+    jkt: String,
+}
+
+#[derive(Serialize, Deserialize)]
+struct WireEvidence {
+    replay: WireReplay,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    issuer_short_name: Option<String>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum WireReplay {
+    BoundToKey,
+    Until(Timestamp),
+    Forever,
+}
+
+impl From<&Claims> for Wire {
+    fn from(claims: &Claims) -> Self {
+        Self {
+            iss: claims.plane_uid.clone(),
+            azp: claims.plane_uid.clone(),
+            aud: claims.plane_uid.clone(),
+            sub: claims.subject.to_string(),
+            exp: claims.expires_at.as_second(),
+            iat: claims.issued_at.as_second(),
+            jti: claims.id.clone(),
+            claims: WireWorkload {
+                workload: to_json(&claims.attested.identity, Case::Snake),
+                workload_group: WireGroup { namespace: claims.group.namespace.clone(), name: claims.group.name.clone() },
+            },
+            cnf: Confirmation { jkt: claims.key.to_string() },
+            evidence: WireEvidence {
+                replay: match claims.attested.replay {
+                    Replay::BoundToKey => WireReplay::BoundToKey,
+                    Replay::Until(end) => WireReplay::Until(end),
+                    Replay::Forever => WireReplay::Forever,
+                },
+                issuer_short_name: claims.attested.issuer_short_name.clone(),
+            },
+        }
+    }
+}
+
+impl TryFrom<Wire> for Claims {
+    type Error = TokenError;
+    fn try_from(wire: Wire) -> Result<Self, TokenError> {
+        let (namespace, name) = wire.sub.split_once('/').ok_or(TokenError::NotOurs("its subject is no name"))?;
+        let time =
+            |second| Timestamp::from_second(second).map_err(|_| TokenError::NotOurs("its times are no times"));
+        Ok(Self {
+            subject: RegistrationName { namespace: namespace.to_owned(), name: name.to_owned() },
+            issued_at: time(wire.iat)?,
+            expires_at: time(wire.exp)?,
+            id: wire.jti,
+            attested: Attested {
+                identity: from_json(&wire.claims.workload, &[])
+                    .map_err(|_| TokenError::NotOurs("its identity can't be read"))?,
+                issuer_short_name: wire.evidence.issuer_short_name,
+                replay: match wire.evidence.replay {
+                    WireReplay::BoundToKey => Replay::BoundToKey,
+                    WireReplay::Until(end) => Replay::Until(end),
+                    WireReplay::Forever => Replay::Forever,
+                },
+            },
+            group: GroupName {
+                namespace: wire.claims.workload_group.namespace,
+                name: wire.claims.workload_group.name,
+            },
+            key: wire.cnf.jkt.parse().map_err(|_| TokenError::NotOurs("it is bound to no key"))?,
+            plane_uid: wire.aud,
+        })
+    }
+}
