@@ -250,3 +250,66 @@ fn credentials(credentials: &Credentials) -> String {
     });
     format!("{answer:#}")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
+
+    /// Status and body.
+    async fn ask(address: SocketAddr, method: &str, path: &str, header: &str) -> (u16, String) {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let request = format!("{method} {path} HTTP/1.1\r\nhost: 169.254.169.254\r\nconnection: close\r\n{header}\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+    }
+
+    #[tokio::test]
+    async fn it_says_nothing_without_a_token_and_then_what_the_instance_is() {
+        let key = RegionKey::generate("us-east-2").unwrap();
+        let instance = Instance {
+            account: "123456789012".to_owned(),
+            region: "us-east-2".to_owned(),
+            zone: "us-east-2b".to_owned(),
+            instance_id: "i-1234567890abcdef0".to_owned(),
+            role: Some("ratings-role".to_owned()),
+            private_ip: "10.0.0.1".to_owned(),
+        };
+        let imds = start(Config::new(&instance, &key, &Cloud::generate().unwrap()).unwrap()).await.unwrap();
+        let at = imds.address;
+        assert_eq!(ask(at, "GET", "/latest/meta-data/instance-id", "").await.0, 401);
+        assert_eq!(ask(at, "GET", "/latest/meta-data/instance-id", "x-aws-ec2-metadata-token: x\r\n").await.0, 401);
+        assert_eq!(ask(at, "PUT", TOKEN_PATH, "").await.0, 400);
+        assert_eq!(ask(at, "PUT", TOKEN_PATH, &format!("{TTL_HEADER}: 21601\r\n")).await.0, 400);
+        assert_eq!(ask(at, "PUT", TOKEN_PATH, &format!("{TTL_HEADER}: 60\r\nx-forwarded-for: a\r\n")).await.0, 403);
+        let (status, token) = ask(at, "PUT", TOKEN_PATH, &format!("{TTL_HEADER}: 60\r\n")).await;
+        assert_eq!(status, 200);
+        let header = format!("{TOKEN_HEADER}: {token}\r\n");
+        let get = async |path: &str| ask(at, "GET", &format!("/latest/{path}"), &header).await;
+        for (path, text) in [
+            ("meta-data/instance-id", "i-1234567890abcdef0"),
+            ("meta-data/local-ipv4", "10.0.0.1"),
+            ("meta-data/placement/region", "us-east-2"),
+            ("meta-data/iam/security-credentials/", "ratings-role"),
+        ] {
+            assert_eq!(get(path).await, (200, text.to_owned()), "{path}");
+        }
+        for path in [
+            "meta-data/iam/security-credentials/ratings-role",
+            "meta-data/identity-credentials/ec2/security-credentials/ec2-instance",
+        ] {
+            let (status, text) = get(path).await;
+            let credentials: serde_json::Value = serde_json::from_str(&text).unwrap();
+            assert_eq!((status, credentials["Code"].as_str()), (200, Some("Success")), "{path}");
+        }
+        assert!(get("dynamic/instance-identity/rsa2048").await.1.starts_with("MIAG"));
+        assert_eq!(get("meta-data/public-ipv4").await.0, 404);
+        assert_eq!(get("meta-data/iam/security-credentials/other").await.0, 404);
+        imds.change(|config| config.role = None);
+        assert_eq!(get("meta-data/iam/security-credentials/").await.0, 404);
+    }
+}
