@@ -175,7 +175,16 @@ impl Authority {
             token_issued_at: claims.issued_at,
             token_expires_at: claims.expires_at,
         }));
-        self.lifecycle.apply(&claims.subject, event).await.map_err(apply_status)?;
+        let state = self.lifecycle.apply(&claims.subject, event).await.map_err(apply_status)?;
+        // The policies may have changed since they were asked. Whoever changed them goes through what is stored: either
+        // that finds this registration, or this finds the change.
+        let now = self.snapshot();
+        if let State::Live(live) = &state
+            && !crate::lifecycle::admitted(&now, live)
+        {
+            self.lifecycle.apply(&claims.subject, Event::Withdraw).await.map_err(apply_status)?;
+            return Err(not_authorized(&live.group, now.policy_unreadable, &[]));
+        }
         tracing::info!(registration = %claims.subject, peer = %connection.peer, "registered");
         Ok(pb::RegisterWorkloadResponse { name: claims.subject.to_string() })
     }
@@ -354,12 +363,12 @@ fn truncated(mut message: String) -> String {
 }
 
 /// The group that a token is for, if a policy still admits its holder.
-pub(crate) fn admitting_group<'a>(
-    snapshot: &'a Snapshot,
-    claims: &Claims,
-) -> Result<&'a Arc<WorkloadGroup>, Status> {
+pub(crate) fn admitting_group<'a>(snapshot: &'a Snapshot, claims: &Claims) -> Result<&'a Arc<WorkloadGroup>, Status> {
     let group = snapshot.groups.get(&claims.group).ok_or_else(|| {
-        Status::permission_denied(format!("Not authorized by OnboardingPolicy: there is no WorkloadGroup {}", claims.group))
+        Status::permission_denied(format!(
+            "Not authorized by OnboardingPolicy: there is no WorkloadGroup {}",
+            claims.group
+        ))
     })?;
     match snapshot.policies.decide(&claims.attested.identity, group) {
         Decision::Allowed { .. } => Ok(group),

@@ -149,9 +149,7 @@ fn routes(authority: &Arc<Authority>, message_size: usize) -> Routes {
     use pb::workload_registration_service_server::WorkloadRegistrationServiceServer;
     let calls = Calls(authority.clone());
     Routes::new(DiscoveryServiceServer::new(calls.clone()).max_decoding_message_size(message_size))
-        .add_service(
-            OnboardingAuthorizationServiceServer::new(calls.clone()).max_decoding_message_size(message_size),
-        )
+        .add_service(OnboardingAuthorizationServiceServer::new(calls.clone()).max_decoding_message_size(message_size))
         .add_service(WorkloadRegistrationServiceServer::new(calls.clone()).max_decoding_message_size(message_size))
         .add_service(SessionServiceServer::new(calls).max_decoding_message_size(message_size))
         .prepare()

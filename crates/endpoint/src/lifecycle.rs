@@ -83,10 +83,9 @@ impl Lifecycle {
     /// What this replica held before it stopped is connected no longer.
     pub(crate) async fn disconnect_all(&self, replica: &str) -> Result<(), RegistryError> {
         let held = self.live(|live| match &live.connection {
-            Connection::Connected { replica: held_by, session, .. } if held_by == replica => Some(Event::Disconnect {
-                session: session.clone(),
-                reason: DisconnectReason::PlaneRestarted,
-            }),
+            Connection::Connected { replica: held_by, session, .. } if held_by == replica => {
+                Some(Event::Disconnect { session: session.clone(), reason: DisconnectReason::PlaneRestarted })
+            }
             _ => None,
         });
         let events = held.await?;
@@ -154,10 +153,9 @@ impl Lifecycle {
                 return Some(Event::Withdraw);
             }
             match &live.connection {
-                Connection::Connected { session, .. } => Some(Event::Disconnect {
-                    session: session.clone(),
-                    reason: DisconnectReason::PolicyUnreadable,
-                }),
+                Connection::Connected { session, .. } => {
+                    Some(Event::Disconnect { session: session.clone(), reason: DisconnectReason::PolicyUnreadable })
+                }
                 Connection::Disconnected { .. } => None,
             }
         });

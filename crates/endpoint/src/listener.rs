@@ -65,7 +65,10 @@ impl Certificates {
                 tracing::info!("the endpoint's certificate was taken from its Secret");
             }
             Some(Err(error)) => {
-                tracing::error!(error = format!("{error:#}"), "the endpoint's certificate can't be used; the one before stays");
+                tracing::error!(
+                    error = format!("{error:#}"),
+                    "the endpoint's certificate can't be used; the one before stays"
+                );
                 if self.current.load().is_none() {
                     readiness.missing(CERTIFICATE, format!("{error:#}"));
                 }
@@ -85,9 +88,11 @@ fn certified_key(material: &TlsMaterial) -> anyhow::Result<CertifiedKey> {
     let chain = CertificateDer::pem_slice_iter(material.certificate_chain.as_bytes())
         .collect::<Result<Vec<_>, _>>()
         .context("tls.crt is no chain of PEM certificates")?;
-    let key = PrivateKeyDer::from_pem_slice(material.private_key.as_bytes()).context("tls.key is no PEM private key")?;
+    let key =
+        PrivateKeyDer::from_pem_slice(material.private_key.as_bytes()).context("tls.key is no PEM private key")?;
     let provider = rustls::crypto::aws_lc_rs::default_provider();
-    CertifiedKey::from_der(chain, key, &provider).context("tls.key does not belong to tls.crt, or is of an unknown kind")
+    CertifiedKey::from_der(chain, key, &provider)
+        .context("tls.key does not belong to tls.crt, or is of an unknown kind")
 }
 
 /// Accepts connections until `stop`.

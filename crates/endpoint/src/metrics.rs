@@ -63,7 +63,11 @@ impl Metrics {
         r.register("mesh_certificates", "Certificates issued to sidecars", metrics.certificates.clone());
         r.register("registrations_reaped", "Registrations whose lease ended", metrics.reaped.clone());
         r.register("audit_failures", "Decisions that could not be written down", metrics.audit_failures.clone());
-        r.register("config_faults", "What can't be read or is missing in the configuration", metrics.config_faults.clone());
+        r.register(
+            "config_faults",
+            "What can't be read or is missing in the configuration",
+            metrics.config_faults.clone(),
+        );
         metrics
     }
 

@@ -1,8 +1,6 @@
 //! The session of one connected agent: boot configurations and certificates go out; health, renewals and reports come in.
 
-use crate::authority::{
-    Authority, Calls, Caller, admitting_group, apply_status, registry_status, requires_live,
-};
+use crate::authority::{Authority, Caller, Calls, admitting_group, apply_status, registry_status, requires_live};
 use crate::backend::{ProvisionError, Workload};
 use crate::connection::Connection;
 use futures_util::StreamExt;
@@ -151,8 +149,8 @@ impl Session {
     ) -> Over {
         let stop = self.authority.stop.clone();
         loop {
-            let expires_in = Duration::try_from(self.claims.expires_at.duration_since(Timestamp::now()))
-                .unwrap_or(Duration::ZERO);
+            let expires_in =
+                Duration::try_from(self.claims.expires_at.duration_since(Timestamp::now())).unwrap_or(Duration::ZERO);
             let outcome = tokio::select! {
                 reason = &mut ended => {
                     return reason.map_or(Over::Lost("it was forgotten"), Over::Ended);
@@ -186,10 +184,8 @@ impl Session {
             FromAgent::Hello(_) => Err(Over::Lost("it said hello twice")),
             FromAgent::Health(health) => {
                 let message = health.message.chars().filter(|c| !c.is_control());
-                let health = Health {
-                    ready: health.ready,
-                    message: message.take(LONGEST_HEALTH_MESSAGE / 4).collect(),
-                };
+                let health =
+                    Health { ready: health.ready, message: message.take(LONGEST_HEALTH_MESSAGE / 4).collect() };
                 self.apply(Event::Health(health)).await
             }
             FromAgent::CertificateRequest(request) => self.certificate(&request.csr).await,
@@ -267,7 +263,9 @@ fn end_message(reason: EndReason) -> (pb::session_end::Reason, &'static str) {
     let message = match reason {
         EndReason::Replaced => "a newer session of this agent took over",
         EndReason::Withdrawn => "Not authorized by OnboardingPolicy any more: the workload leaves the mesh",
-        EndReason::PolicyUnreadable => "a policy can't be read, so nobody can say that this workload is admitted: onboard again",
+        EndReason::PolicyUnreadable => {
+            "a policy can't be read, so nobody can say that this workload is admitted: onboard again"
+        }
         EndReason::Deleted => "the registration was deleted by an operator: onboard again",
         EndReason::Unregistered => "the agent unregistered",
         EndReason::TokenExpired => "the token expired and was not renewed: onboard again",

@@ -101,8 +101,8 @@ impl Tokens {
         signature_only.validate_exp = false;
         signature_only.validate_nbf = false;
         signature_only.validate_aud = false;
-        let data = decode::<Wire>(token, &key, &signature_only)
-            .map_err(|_| TokenError::NotOurs("its signature is wrong"))?;
+        let data =
+            decode::<Wire>(token, &key, &signature_only).map_err(|_| TokenError::NotOurs("its signature is wrong"))?;
         Claims::try_from(data.claims)
     }
 
@@ -167,12 +167,12 @@ impl StoredKey {
 
 impl Ring {
     fn new(keys: &[StoredKey], version: u64) -> Result<Self, TokenError> {
-        let damaged = || TokenError::Unavailable("a stored key is damaged; remove the keys to make new ones".to_owned());
+        let damaged =
+            || TokenError::Unavailable("a stored key is damaged; remove the keys to make new ones".to_owned());
         let mut ring = Self { version, ..Self::default() };
         for stored in keys {
             let pkcs8 = STANDARD.decode(&stored.key).map_err(|_| damaged())?;
-            let pair =
-                EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &pkcs8).map_err(|_| damaged())?;
+            let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &pkcs8).map_err(|_| damaged())?;
             ring.verifying.insert(stored.kid.clone(), DecodingKey::from_ec_der(pair.public_key().as_ref()));
             let retires_at = stored.created_at.checked_add(KEY_LIFE).map_err(|_| damaged())?;
             if ring.signing.as_ref().is_none_or(|newest| newest.retires_at <= retires_at) {
@@ -245,7 +245,10 @@ impl From<&Claims> for Wire {
             jti: claims.id.clone(),
             claims: WireWorkload {
                 workload: to_json(&claims.attested.identity, Case::Snake),
-                workload_group: WireGroup { namespace: claims.group.namespace.clone(), name: claims.group.name.clone() },
+                workload_group: WireGroup {
+                    namespace: claims.group.namespace.clone(),
+                    name: claims.group.name.clone(),
+                },
             },
             cnf: Confirmation { jkt: claims.key.to_string() },
             evidence: WireEvidence {
@@ -264,8 +267,7 @@ impl TryFrom<Wire> for Claims {
     type Error = TokenError;
     fn try_from(wire: Wire) -> Result<Self, TokenError> {
         let (namespace, name) = wire.sub.split_once('/').ok_or(TokenError::NotOurs("its subject is no name"))?;
-        let time =
-            |second| Timestamp::from_second(second).map_err(|_| TokenError::NotOurs("its times are no times"));
+        let time = |second| Timestamp::from_second(second).map_err(|_| TokenError::NotOurs("its times are no times"));
         Ok(Self {
             subject: RegistrationName { namespace: namespace.to_owned(), name: name.to_owned() },
             issued_at: time(wire.iat)?,
@@ -281,10 +283,7 @@ impl TryFrom<Wire> for Claims {
                     WireReplay::Forever => Replay::Forever,
                 },
             },
-            group: GroupName {
-                namespace: wire.claims.workload_group.namespace,
-                name: wire.claims.workload_group.name,
-            },
+            group: GroupName { namespace: wire.claims.workload_group.namespace, name: wire.claims.workload_group.name },
             key: wire.cnf.jkt.parse().map_err(|_| TokenError::NotOurs("it is bound to no key"))?,
             plane_uid: wire.aud,
         })

@@ -1,0 +1,83 @@
+//! The command line.
+
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// The Workload Onboarding Endpoint: workloads that run outside Kubernetes join the mesh here.
+#[derive(Debug, Parser)]
+#[command(name = "onboarding-plane", version)]
+pub struct Args {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Runs the plane of one machine: manifests from a directory, registrations in SQLite, a mesh of Envoys.
+    Standalone(Standalone),
+    /// Prints completions for a shell.
+    Completions { shell: clap_complete::Shell },
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  onboarding-plane standalone --manifests /etc/onboarding-plane --data-dir /var/lib/onboarding-plane
+  onboarding-plane standalone --manifests ./manifests --data-dir ./data --listen 127.0.0.1:15443 --log-format json
+
+The certificate is that of the Secret which the ControlPlane names; all manifests are read again when they change.
+`curl http://127.0.0.1:15021/readyz` says what is missing; `onboardctl --data-dir DIR workloads` who is there.")]
+pub struct Standalone {
+    /// Directory of YAML and JSON manifests: ControlPlane, Secret, WorkloadGroup, OnboardingPolicy, Sidecar, Service, ServiceEntry.
+    #[arg(long, value_name = "DIR")]
+    pub manifests: PathBuf,
+    /// Registrations, keys, the mesh's root; made where it is missing.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/onboarding-plane")]
+    pub data_dir: PathBuf,
+    /// Where agents connect.
+    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:15443")]
+    pub listen: SocketAddr,
+    /// /metrics, /healthz and /readyz, in plain HTTP.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:15021")]
+    pub admin_listen: SocketAddr,
+    /// How long a workload stays in the mesh after its agent's connection was lost, as in 5m or 90s.
+    #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = duration)]
+    pub grace_period: Duration,
+    /// Trust domain of the mesh.
+    #[arg(long, value_name = "DOMAIN", default_value = onboarding_standalone::Options::DEFAULT_TRUST_DOMAIN)]
+    pub trust_domain: String,
+    /// Life of the sidecars' certificates; they are renewed at half of it.
+    #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = duration)]
+    pub certificate_life: Duration,
+    /// One line of JSON for each decision; `-` is standard output. Default: audit.jsonl in the data directory.
+    #[arg(long, value_name = "FILE")]
+    pub audit_log: Option<PathBuf>,
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+    /// Asks STS at this URL instead of at AWS: whoever answers there decides who has which role.
+    #[arg(long, value_name = "URL")]
+    pub aws_sts_endpoint: Option<String>,
+    /// PEM of further certificates that sign EC2 identity documents, each after a line `# REGION`: whoever has their keys is any instance.
+    #[arg(long, value_name = "FILE")]
+    pub aws_extra_certificates: Option<PathBuf>,
+    /// PEM of CAs that JWT issuers' servers may have besides the system's: whoever has their keys can be an issuer.
+    #[arg(long, value_name = "FILE")]
+    pub jwks_extra_roots: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// Go's grammar of durations, as in the manifests.
+fn duration(text: &str) -> Result<Duration, String> {
+    onboarding_kinds::duration(text)
+}
+
+pub fn completions(shell: clap_complete::Shell) {
+    let mut command = Args::command();
+    clap_complete::generate(shell, &mut command, "onboarding-plane", &mut std::io::stdout());
+}
