@@ -15,3 +15,5 @@ pub mod policy;
 mod reader;
 mod syntax;
 pub mod war;
+
+pub use syntax::duration;

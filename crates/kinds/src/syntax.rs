@@ -238,7 +238,7 @@ pub(crate) fn plugin_name(text: &str) -> Result<String, String> {
 }
 
 /// Go's `time.ParseDuration`, without negative ones: `1h`, `1h30m`, `1.5s`, `500ms`, `0`.
-pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+pub fn duration(text: &str) -> Result<Duration, String> {
     let invalid = || format!("must be a duration such as 1h, 1h30m or 500ms, and is {}", shown(text));
     if text.starts_with('-') {
         return Err(format!("must not be negative, and is {}", shown(text)));
