@@ -73,6 +73,15 @@ impl Attestors {
     }
 }
 
+/// Somebody else's text in a message: quoted, its control characters escaped, and no longer than a line.
+pub(crate) fn shown(text: &str) -> String {
+    const LONGEST: usize = 120;
+    match text.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{:?}... ({} characters)", &text[..end], text.chars().count()),
+        None => format!("{text:?}"),
+    }
+}
+
 /// A refusal says what was presented, what was wrong, and the way out; it never has a credential in it.
 #[derive(Debug, thiserror::Error)]
 pub enum AttestError {

@@ -4,6 +4,7 @@
 use aws_sigv4::http_request::{SignableBody, SignableRequest, SigningSettings, sign};
 use aws_sigv4::sign::v4;
 use jiff::{SignedDuration, Timestamp};
+use onboarding_attest::aws::sts::Request;
 use onboarding_attest::{AttestError, Attestors, Context, Evidence, Options};
 use onboarding_core::identity::{Attested, AwsCompute, AwsIdentity, Identity, Replay, Thumbprint};
 use onboarding_testkit::cms::RegionKey;
@@ -437,5 +438,32 @@ fn options_that_cannot_be_used_are_named() {
     ] {
         let error = Attestors::new(options).err().unwrap().to_string();
         assert!(error.contains(problem), "{problem}: {error}");
+    }
+}
+
+proptest::proptest! {
+    /// Whatever the parts are, a request that is rebuilt says what it must, to whom it must, in one line a header.
+    #[test]
+    fn a_rebuilt_request_is_always_the_same_request(
+        access_key_id in "[A-Z0-9]{16,18}|[A-Z0-9]{16,18}|.{0,20}",
+        session_token in "[A-Za-z0-9+/=]{1,40}|\\PC{0,40}|.{0,40}",
+        signature in "[0-9a-f]{64}|[0-9a-f]{64}|.{64}",
+        amz_date in "20261124T150[0-4]00Z|20261124T150[0-4]00Z|.{16}",
+    ) {
+        let parts = SignedCallerIdentity { region: REGION.to_owned(), amz_date, access_key_id, session_token, signature };
+        let now = "2026-11-24T15:00:00Z".parse().unwrap();
+        if let Ok(request) = Request::rebuild(&parts, REGION, "binding".to_owned(), now) {
+            proptest::prop_assert_eq!(&request.host, "sts.us-east-2.amazonaws.com");
+            for (name, value) in request.headers() {
+                proptest::prop_assert!(value.bytes().all(|byte| byte == b' ' || byte.is_ascii_graphic()));
+                if name == "authorization" {
+                    proptest::prop_assert!(value.contains("SignedHeaders=content-type;host;x-amz-date;x-amz-security-token;x-onboarding-binding, Signature="));
+                    proptest::prop_assert_eq!(value.matches(", ").count(), 2);
+                }
+                if name == STS_BINDING_HEADER {
+                    proptest::prop_assert_eq!(value, "binding");
+                }
+            }
+        }
     }
 }

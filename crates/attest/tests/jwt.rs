@@ -234,6 +234,22 @@ async fn each_claim_is_what_it_must_be() {
 }
 
 #[tokio::test]
+async fn a_message_is_a_line_whatever_the_token_says() {
+    let world = World::inline().await;
+    let long = format!("\n\u{1b}[31m\u{85}{}", "a".repeat(5000));
+    let good = world.mint(claims(json!({})));
+    for token in [
+        world.mint(claims(json!({"iss": long}))),
+        world.mint(claims(json!({"aud": long}))),
+        with_header(&good, &json!({"kid": long})),
+        with_header(&good, &json!({"alg": long})),
+    ] {
+        let why = world.refused(&token).await;
+        assert!(why.len() < 800 && !why.contains(char::is_control), "{why:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_token_ends_at_its_time() {
     let world = World::inline().await;
     let claims = claims(json!({}));

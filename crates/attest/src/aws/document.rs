@@ -6,7 +6,7 @@
 
 use super::certificates::{Certificates, Pinned};
 use super::region;
-use crate::strict_json;
+use crate::{shown, strict_json};
 use aws_lc_rs::digest::{SHA256, digest};
 use aws_lc_rs::signature::{RSA_PKCS1_2048_8192_SHA256, UnparsedPublicKey};
 use base64::Engine;
@@ -289,7 +289,9 @@ impl Content {
             Some(Value::String(region)) if region::partition(region).is_some() => {
                 Ok(Self { region: region.clone(), members })
             }
-            Some(Value::String(region)) => Err(DocumentError::Content(format!("{region:.64?} isn't a region of AWS"))),
+            Some(Value::String(region)) => {
+                Err(DocumentError::Content(format!("{} isn't a region of AWS", shown(region))))
+            }
             _ => Err(DocumentError::Content("it names no region".to_owned())),
         }
     }

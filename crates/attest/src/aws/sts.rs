@@ -6,8 +6,8 @@
 
 use super::document::{is_account, is_instance_id};
 use super::region;
-use crate::AttestError;
 use crate::fetch::{Answer, FetchError, Fetcher, Scheme};
+use crate::{AttestError, shown};
 use async_trait::async_trait;
 use aws_lc_rs::digest::{Context as Hash, SHA256};
 use jiff::civil::DateTime;
@@ -64,7 +64,7 @@ impl Request {
         now: Timestamp,
     ) -> Result<Self, String> {
         if parts.region != region || region::partition(region).is_none() {
-            return Err(format!("it is made for region {:.64?}, but the instance is in {region:?}", parts.region));
+            return Err(format!("it is made for region {}, but the instance is in {region:?}", shown(&parts.region)));
         }
         let at = DateTime::strptime("%Y%m%dT%H%M%SZ", &parts.amz_date)
             .and_then(|at| TimeZone::UTC.to_timestamp(at))
@@ -263,8 +263,8 @@ pub fn understand(said: &Said, host: &str) -> Result<CallerIdentity, AttestError
             let leaves = leaves.map_err(|problem| unclear(&format!("not its XML ({problem})")))?;
             read_caller(&leaves).map_err(AttestError::Unavailable)?.ok_or_else(|| {
                 AttestError::Refused(format!(
-                    "the request was signed by {:.200?}, which is neither an instance nor an assumed role",
-                    single(&leaves, ARN).unwrap_or_default()
+                    "the request was signed by {}, which is neither an instance nor an assumed role",
+                    shown(&single(&leaves, ARN).unwrap_or_default())
                 ))
             })
         }
@@ -309,15 +309,15 @@ fn read_caller(leaves: &[Leaf]) -> Result<Option<CallerIdentity>, String> {
         return Ok(None);
     };
     if of_account != account {
-        return Err(format!("STS's answer contradicts itself: account {account}, but {arn:.200?}"));
+        return Err(format!("STS's answer contradicts itself: account {account}, but {}", shown(&arn)));
     }
     let ["assumed-role", role, session] = resource.split('/').collect::<Vec<_>>()[..] else { return Ok(None) };
     if !is_name(session) || user_id.rsplit(':').next() != Some(session) {
-        return Err(format!("STS's answer contradicts itself: user ID {user_id:.200?}, but {arn:.200?}"));
+        return Err(format!("STS's answer contradicts itself: user ID {}, but {}", shown(&user_id), shown(&arn)));
     }
     let principal = if role == "aws:ec2-instance" {
         if !is_instance_id(session) {
-            return Err(format!("STS's answer names no instance: {arn:.200?}"));
+            return Err(format!("STS's answer names no instance: {}", shown(&arn)));
         }
         Principal::Instance { id: session.to_owned() }
     } else if is_name(role) {

@@ -4,7 +4,7 @@
 //! of a token is used before its signature was verified, except `iss` and `kid`, to choose the key.
 
 use super::{Issuer, KeySource};
-use crate::strict_json;
+use crate::{shown, strict_json};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use jiff::{SignedDuration, Timestamp};
@@ -52,20 +52,20 @@ pub enum JwtError {
     #[error("the token can't be read: {0}")]
     Malformed(String),
     #[error(
-        "the token's algorithm {0:.32?} isn't accepted: it must be RS, PS or ES with 256 or 384 bits (RS and PS also 512), or EdDSA"
+        "the token's algorithm {} isn't accepted: it must be RS, PS or ES with 256 or 384 bits (RS and PS also 512), or EdDSA", shown(.0)
     )]
     Algorithm(String),
     #[error(
-        "the token's issuer {0:.200?} isn't among the ControlPlane's issuers (compared exactly, with case and slashes)"
+        "the token's issuer {} isn't among the ControlPlane's issuers (compared exactly, with case and slashes)", shown(.0)
     )]
     UnknownIssuer(String),
     #[error("the token's header names no key (\"kid\"), so that none of the issuer's keys can be chosen")]
     NoKeyId,
-    #[error("the token's key {key_id:.200?} isn't among the keys of issuer {issuer:?}")]
+    #[error("the token's key {} isn't among the keys of issuer {issuer:?}", shown(key_id))]
     UnknownKey { key_id: String, issuer: String },
-    #[error("the token's algorithm {algorithm:?} doesn't fit the issuer's key {key_id:.200?}")]
+    #[error("the token's algorithm {algorithm:?} doesn't fit the issuer's key {}", shown(key_id))]
     UnfitKey { algorithm: Algorithm, key_id: String },
-    #[error("the token's signature isn't that of issuer {issuer:?}, key {key_id:.200?}")]
+    #[error("the token's signature isn't that of issuer {issuer:?}, key {}", shown(key_id))]
     Signature { issuer: String, key_id: String },
     #[error(
         "the token's audience is {found:.500} but must contain this plane's UID {uid:?}: have the issuer put the UID into \"aud\""
@@ -299,6 +299,7 @@ fn verify_audience(token: &Token, uid: &str) -> Result<(), JwtError> {
         return Ok(());
     }
     let found = value.map_or_else(|| "missing".to_owned(), Value::to_string);
+    let found = found.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect();
     Err(JwtError::Audience { found, uid: uid.to_owned() })
 }
 
