@@ -1,1 +1,20 @@
-fn main() {}
+//! `onboardctl`: what an operator asks about onboarding, at a terminal.
+//!
+//! One file per verb. A verb reads its inputs and gives an [`outcome::Outcome`]; only `outcome` writes. What may never live here:
+//! a decision of its own (policies are core's, evidence is attest's, manifests are kinds'), or what the plane could do itself.
+
+mod attest;
+mod cli;
+mod completions;
+mod explain;
+mod lint;
+mod manifests;
+mod outcome;
+mod plan;
+mod socket;
+mod status;
+mod workloads;
+
+fn main() -> std::process::ExitCode {
+    cli::run(std::env::args_os())
+}

@@ -1,0 +1,166 @@
+//! `onboardctl explain`: may this identity join this group, and why (not).
+
+use crate::manifests::{self, Admission};
+use crate::outcome::{Format, Outcome, json};
+use anyhow::{anyhow, ensure};
+use onboarding_core::group::WorkloadGroup;
+use onboarding_core::identity::Identity;
+use onboarding_core::name::{self, GroupName, NameError, is_resource_name};
+use onboarding_core::policy::Decision;
+use onboarding_kinds::identity::read_identity_file;
+use serde_json::json;
+use std::fmt::Write;
+use std::path::PathBuf;
+
+/// Decide whether an identity may join a WorkloadGroup, and say why
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  onboardctl explain -f policies/ --identity identity.yaml --group bookinfo/ratings
+  onboardctl attest document.txt | \\
+    onboardctl explain -f policies/ --identity - --group bookinfo/ratings -o json
+
+The identity file is an identity as in a registration's spec.identity; its key claimedOnly
+names facts that are not proven, as in claimedOnly: [aws.ec2.iamRole].
+An invalid policy counts as absent, with a warning.
+
+Exit codes: 0 allowed; 2 refused; 1 an input that can't be used, or wrong usage.")]
+pub struct Explain {
+    /// Manifests: files, directories, or - for standard input
+    #[arg(short = 'f', long = "filename", required = true, num_args = 1.., value_name = "PATH")]
+    paths: Vec<PathBuf>,
+    /// The identity: a file, or - for standard input
+    #[arg(long, value_name = "FILE")]
+    identity: PathBuf,
+    /// The WorkloadGroup
+    #[arg(long, value_name = "NAMESPACE/NAME", value_parser = group_name)]
+    group: GroupName,
+    /// How to say it
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+}
+
+const REFUSED: u8 = 2;
+
+impl Explain {
+    pub fn run(&self) -> anyhow::Result<Outcome> {
+        let stdin = self.paths.iter().chain([&self.identity]).filter(|path| path.as_os_str() == "-").count();
+        ensure!(stdin < 2, "standard input can be read once; only one of the files may be -");
+        let loaded = manifests::load(&self.paths);
+        loaded.all_read()?;
+        if let Some(fault) = loaded.unintelligible().next() {
+            return Err(anyhow!("{fault}"));
+        }
+        let identity = self.identity()?;
+        let mut notes: Vec<String> =
+            loaded.faults.iter().map(|fault| format!("warning: counts as absent: {fault}")).collect();
+        notes.extend(loaded.warnings.iter().map(|warning| format!("warning: {warning}")));
+        let doubtful = format!("WorkloadGroup {}", self.group);
+        let is_faulty = loaded.faults.iter().any(|fault| fault.object == doubtful);
+        let admission = loaded.admission();
+        let verdict = match admission.groups.get(&self.group) {
+            Some(group) => admission.verdict(&identity, group),
+            None => Verdict::refused(admission.no_group(&self.group, is_faulty)),
+        };
+        notes.extend(verdict.allowed.as_ref().and_then(|_| unnameable(&identity, &self.group)));
+        let code = if verdict.allowed.is_some() { 0 } else { REFUSED };
+        Ok(Outcome { out: self.say(&verdict), notes, code })
+    }
+
+    fn identity(&self) -> anyhow::Result<Identity> {
+        let text = manifests::read_file(&self.identity)?;
+        read_identity_file(&self.identity.display().to_string(), &text).map_err(|faults| {
+            anyhow!(
+                "the identity can't be used: {}",
+                faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+            )
+        })
+    }
+
+    fn say(&self, verdict: &Verdict) -> String {
+        let Verdict { allowed, reasons } = verdict;
+        match (self.output, allowed) {
+            (Format::Json, _) => json(&json!({
+                "allowed": allowed.is_some(),
+                "policy": allowed.as_ref().map(|(policy, _)| policy),
+                "rule": allowed.as_ref().map(|(_, rule)| rule),
+                "reasons": reasons,
+            })),
+            (Format::Text, Some((policy, rule))) => format!(
+                "allowed: policy {policy} admits this identity to the WorkloadGroup {} by its rule spec.allow[{rule}]\n",
+                self.group
+            ),
+            (Format::Text, None) => {
+                let mut out = format!("refused: nothing admits this identity to the WorkloadGroup {}\n", self.group);
+                for reason in reasons {
+                    let _ = writeln!(out, "  {reason}");
+                }
+                out
+            }
+        }
+    }
+}
+
+/// A decision with its explanation.
+pub struct Verdict {
+    /// The policy, and which of its rules.
+    pub allowed: Option<(String, usize)>,
+    /// Of a refusal.
+    pub reasons: Vec<String>,
+}
+
+impl Verdict {
+    fn refused(reason: String) -> Self {
+        Self { allowed: None, reasons: vec![reason] }
+    }
+}
+
+impl Admission {
+    pub fn verdict(&self, identity: &Identity, group: &WorkloadGroup) -> Verdict {
+        if let Decision::Allowed { policy, rule } = self.policies.decide(identity, group) {
+            return Verdict { allowed: Some((policy, rule)), reasons: Vec::new() };
+        }
+        let reasons = self.policies.reasons(identity, group, usize::MAX);
+        if reasons.is_empty() {
+            return Verdict::refused(self.no_policy(&group.name.namespace));
+        }
+        Verdict { allowed: None, reasons: reasons.iter().map(ToString::to_string).collect() }
+    }
+
+    fn no_policy(&self, namespace: &str) -> String {
+        let elsewhere = match self.policies.policies().len() {
+            0 => String::new(),
+            count => format!("; there are {count} elsewhere, and a policy is about groups of its own namespace"),
+        };
+        format!("the namespace {namespace} has no valid OnboardingPolicy{elsewhere}")
+    }
+
+    pub fn no_group(&self, group: &GroupName, is_faulty: bool) -> String {
+        if is_faulty {
+            return format!("the WorkloadGroup {group} has faults, so it counts as absent");
+        }
+        let known: Vec<_> = self.groups.keys().take(5).map(ToString::to_string).collect();
+        match known.as_slice() {
+            [] => format!("the WorkloadGroup {group} doesn't exist; there is none in these manifests"),
+            known => format!("the WorkloadGroup {group} doesn't exist; there are {}", known.join(", ")),
+        }
+    }
+}
+
+/// The plane also needs a name for the registration, and makes it of proven facts.
+fn unnameable(identity: &Identity, group: &GroupName) -> Option<String> {
+    match name::registration_name(group, identity, Some("any")) {
+        Err(error @ NameError::NotProven { .. }) => {
+            Some(format!("warning: the policy allows it, but the plane would refuse: {error}"))
+        }
+        _ => None,
+    }
+}
+
+fn group_name(text: &str) -> Result<GroupName, String> {
+    match text.split_once('/') {
+        Some((namespace, name)) if is_resource_name(namespace) && is_resource_name(name) => {
+            Ok(GroupName { namespace: namespace.to_owned(), name: name.to_owned() })
+        }
+        _ => Err("must be NAMESPACE/NAME, as in bookinfo/ratings".to_owned()),
+    }
+}
