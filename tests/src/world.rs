@@ -1,5 +1,6 @@
 //! A plane, the clouds around it, and VMs: everything real but the clouds.
 
+use crate::cloud::Clouds;
 use crate::until::until;
 use crate::vm::{Evidence, Vm};
 use anyhow::{Context, ensure};
@@ -34,6 +35,7 @@ pub struct World {
     lab: Lab,
     setup: Setup,
     ca: Ca,
+    pub(crate) clouds: Clouds,
     /// In which `onboarding-plane` runs.
     pub plane_machine: Machine,
     /// STS, and the company's OpenID Connect issuer.
@@ -41,7 +43,7 @@ pub struct World {
     /// `example.org`.
     pub external: Machine,
     pub plane: Option<Process>,
-    pub(crate) services: Vec<Process>,
+    services: Vec<Process>,
     pair: Option<Pair>,
 }
 
@@ -57,9 +59,11 @@ impl World {
         let plane_machine = lab.machine("plane", PLANE)?;
         let cloud = lab.machine("cloud", CLOUD)?;
         let external = lab.machine("external", EXTERNAL)?;
+        let clouds = Clouds::new(&lab.directory().join("aws-certificates.pem"))?;
         let mut world = Self {
             lab: lab.clone(),
             setup,
+            clouds,
             ca: Ca::new("Your Company Root CA")?,
             plane_machine,
             cloud,
@@ -70,7 +74,7 @@ impl World {
         };
         world.write("company-ca.pem", &world.ca.certificate)?;
         world.prepare_manifests()?;
-        world.start_services()?;
+        world.services = world.start_services(&world.ca)?;
         std::fs::create_dir_all(world.data_dir())?;
         if let Some(size) = world.setup.data_size {
             let data = world.data_dir();

@@ -153,7 +153,7 @@ fn two_agents_one_identity(world: &mut World) -> anyhow::Result<()> {
     let productpage = pair.productpage;
     ratings.machine.power_off()?;
     drop(ratings.agent.take());
-    let deleted = world.onboardctl(&["workloads", "delete", &ratings.registration(), "-n", "bookinfo"])?;
+    let deleted = world.onboardctl(&["workloads", "delete", &format!("bookinfo/{}", ratings.registration())])?;
     ensure!(deleted.status.success(), "{deleted:?}");
     double.wait_live(Duration::from_secs(40))?;
     until("the new host answers", Duration::from_secs(10), || {

@@ -4,8 +4,11 @@
 use anyhow::Context;
 use clap::Parser;
 use onboarding_testkit::application::{self, Load};
+use onboarding_testkit::{imds, oidc, sts};
+use serde::de::DeserializeOwned;
 use std::io::Read;
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -14,6 +17,30 @@ use tokio::sync::watch;
 #[derive(Parser)]
 #[command(name = "onboarding-testkit")]
 enum Command {
+    /// The metadata service of one EC2 instance
+    Imds {
+        #[arg(long, default_value = "169.254.169.254:80")]
+        listen: SocketAddr,
+        /// JSON of imds::Config
+        #[arg(long)]
+        config: PathBuf,
+    },
+    /// A Security Token Service, in plain HTTP
+    Sts {
+        #[arg(long)]
+        listen: SocketAddr,
+        /// JSON of sts::Cloud
+        #[arg(long)]
+        config: PathBuf,
+    },
+    /// An OpenID Connect issuer
+    Oidc {
+        #[arg(long, default_value = "0.0.0.0:443")]
+        listen: SocketAddr,
+        /// JSON of oidc::Config
+        #[arg(long)]
+        config: PathBuf,
+    },
     /// An HTTP application that says who called it
     Application {
         #[arg(long)]
@@ -45,6 +72,9 @@ enum Command {
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
     match Command::parse() {
+        Command::Imds { listen, config } => imds::serve(listening(listen).await?, read(&config)?).await,
+        Command::Sts { listen, config } => sts::serve(listening(listen).await?, read(&config)?).await,
+        Command::Oidc { listen, config } => oidc::serve(listening(listen).await?, read(&config)?).await,
         Command::Application { name, listen } => application::serve(listening(listen).await?, name).await,
         Command::Echo { listen } => application::serve_echo(listening(listen).await?).await,
         Command::Client { connect_to, host, path, per_second, timeout_ms } => {
@@ -54,6 +84,11 @@ async fn main() -> anyhow::Result<()> {
             Ok(())
         }
     }
+}
+
+fn read<T: DeserializeOwned>(file: &Path) -> anyhow::Result<T> {
+    let text = std::fs::read(file).with_context(|| format!("reading {}", file.display()))?;
+    serde_json::from_slice(&text).with_context(|| format!("reading {}", file.display()))
 }
 
 async fn listening(address: SocketAddr) -> anyhow::Result<TcpListener> {
