@@ -26,8 +26,7 @@ struct Options {
 }
 
 fn main() -> ExitCode {
-    let options = Options::parse();
-    let ran = inside(|lab| match demo(lab, &options) {
+    let ran = inside(|lab| match demo(lab, &Options::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("dev/demo: {error:#}");
