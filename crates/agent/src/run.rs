@@ -47,7 +47,7 @@ enum News {
     Evidence(Evidence),
     Token(StoredToken),
     Session(mpsc::Sender<pb::AgentMessage>),
-    Plane(pb::PlaneMessage),
+    Plane(Box<pb::PlaneMessage>),
     Host(Arc<dyn Host>),
     Keeper(keeper::News),
     Probe(probe::Event),
@@ -295,7 +295,7 @@ impl Driver {
                 self.session = Some(outgoing);
                 self.happened(Event::SessionOpened);
             }
-            News::Plane(message) => self.plane_says(message),
+            News::Plane(message) => self.plane_says(*message),
             News::Keeper(news) => self.keeper_says(news),
             News::Probe(event) => {
                 let probe::Event { ready, message } = event;
@@ -693,7 +693,7 @@ impl Driver {
                     let why = loop {
                         match incoming.message().await {
                             Ok(Some(message)) => {
-                                if !say(News::Plane(message)).await {
+                                if !say(News::Plane(Box::new(message))).await {
                                     return;
                                 }
                             }

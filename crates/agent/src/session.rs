@@ -238,7 +238,8 @@ fn tls_error(name: &str, address: SocketAddr, source: io::Error) -> DialError {
             name: name.to_owned(),
             presented: if presented.is_empty() { "no name at all".to_owned() } else { presented.join(", ") },
         },
-        Some(Bad::UnknownIssuer) => DialError::UnknownCa,
+        // The latter: a CA of that name is known, with another key, as after it was made anew.
+        Some(Bad::UnknownIssuer | Bad::BadSignature) => DialError::UnknownCa,
         Some(Bad::Expired | Bad::ExpiredContext { .. }) => DialError::Expired,
         Some(Bad::NotValidYet | Bad::NotValidYetContext { .. }) => DialError::NotYetValid,
         _ => DialError::Tls { address, source },

@@ -24,6 +24,9 @@ pub struct Interface {
     pub default_route: bool,
 }
 
+/// An address, and what was thought of it.
+pub type Reason = (Interface, &'static str);
+
 /// Interfaces of container runtimes and hypervisors: nobody reaches this host by them.
 const BRIDGES: &[&str] =
     &[r"^docker[0-9]*$", r"^br-", r"^virbr", r"^cni", r"^veth", r"^lxc", r"^podman", r"^cali", r"^flannel"];
@@ -62,10 +65,7 @@ impl Basic {
     }
 
     /// Those that are taken, the one for the mesh first (the default route's interface, then IPv4), and what was thought of each.
-    pub fn choose(
-        &self,
-        mut interfaces: Vec<Interface>,
-    ) -> Result<(Vec<HostAddress>, Vec<(Interface, &'static str)>), HostError> {
+    pub fn choose(&self, mut interfaces: Vec<Interface>) -> Result<(Vec<HostAddress>, Vec<Reason>), HostError> {
         interfaces.sort_by_key(|interface| (!interface.default_route, !interface.ip.is_ipv4()));
         let bridges = RegexSet::new(BRIDGES)?;
         let reasons: Vec<_> = interfaces
