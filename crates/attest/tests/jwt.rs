@@ -498,7 +498,7 @@ async fn keys_come_over_verified_tls_or_not_at_all() {
 
     world.issuers[0].keys = KeySource::Uri(world.oidc.jwks_uri().replace("https://", "http://"));
     let why = world.unavailable(&token).await;
-    assert!(why.contains("can't be asked"), "{why}");
+    assert!(why.contains("can't be asked: URL scheme is not allowed"), "{why}");
     assert_eq!(world.oidc.fetched(), 0);
 }
 
