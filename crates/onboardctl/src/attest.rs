@@ -123,11 +123,14 @@ fn issuer(issuer: JwtIssuer) -> Issuer {
 
 /// What it proves and doesn't, as comments of the YAML below them.
 fn remarks(attested: &Attested) -> String {
-    let what = match &attested.identity {
+    let unproven = match &attested.identity {
         Identity::Aws(_) => {
-            "# An EC2 identity document proves the instance, and no IAM role: for that an agent has STS vouch for it.\n"
+            "# Not proven: aws.ec2.iamRole, and that the instance itself presents this; an agent has STS vouch for both.\n"
         }
-        Identity::Jwt(_) => "# A token of an issuer that the ControlPlane lists, for this plane.\n",
+        Identity::Jwt(jwt) if jwt.attributes.is_empty() => {
+            "# Not proven: which host presents this; jwt.attributes, as there are none where the ControlPlane looks for them.\n"
+        }
+        Identity::Jwt(_) => "# Not proven: which host presents this.\n",
         Identity::Gcp(_) | Identity::Azure(_) => "",
     };
     let replay = match attested.replay {
@@ -139,5 +142,5 @@ fn remarks(attested: &Attested) -> String {
             "# Whoever has a copy can present it for ever; the first key that comes with it is the one.\n".to_owned()
         }
     };
-    format!("{what}{replay}")
+    format!("{unproven}{replay}")
 }

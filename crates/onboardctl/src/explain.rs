@@ -82,7 +82,6 @@ impl Explain {
             (Format::Json, _) => json(&json!({
                 "allowed": allowed.is_some(),
                 "policy": allowed.as_ref().map(|(policy, _)| policy),
-                "rule": allowed.as_ref().map(|(_, rule)| rule),
                 "reasons": reasons,
             })),
             (Format::Text, Some((policy, rule))) => format!(

@@ -19,10 +19,10 @@ use std::path::PathBuf;
   kubectl get war -A -o json > wars.json
   onboardctl plan -f manifests/ --workloads wars.json
 
-PATH holds all manifests as they would be, not only those that change. A live workload counts
-as admitted now, except one whose session ended because a policy can't be read. Where PATH has
-a ControlPlane, an identity by JWT also needs its issuer to be listed there: without, its
-token isn't renewed.
+PATH holds all manifests as they would be, not only those that change. Whether a workload is
+admitted now is what the plane says (status.admitted); in a list without that, each is, except
+one whose session ended because a policy can't be read. Where PATH has a ControlPlane, an
+identity by JWT also needs its issuer to be listed there: without, its token isn't renewed.
 
 Exit codes: 0 nothing would change; 3 somebody would lose or gain admission; 1 an input that
 can't be used (such as manifests with faults), or wrong usage.")]
@@ -44,6 +44,8 @@ const WOULD_CHANGE: u8 = 3;
 
 impl Plan {
     pub fn run(&self) -> anyhow::Result<Outcome> {
+        let stdin = self.paths.iter().chain(&self.workloads).filter(|path| path.as_os_str() == "-").count();
+        ensure!(stdin < 2, "standard input can be read once; only one of the files may be -");
         let loaded = manifests::load(&self.paths);
         loaded.all_read()?;
         if let Some(fault) = loaded.faults.first() {
@@ -104,8 +106,8 @@ struct Workload {
     name: RegistrationName,
     group: GroupName,
     identity: Identity,
-    /// Nobody can say now whether a policy admits it.
-    suspended: bool,
+    /// As things are configured now.
+    admitted: bool,
 }
 
 impl Workload {
@@ -121,14 +123,19 @@ impl Workload {
         let group = group.with_context(|| format!("{} has no WorkloadGroup among its ownerReferences", of()))?;
         let identity = war.pointer("/spec/identity").with_context(|| format!("{} has no spec.identity", of()))?;
         let identity = from_json(identity, &[]).map_err(|problem| anyhow!("{}: spec.identity: {problem}", of()))?;
-        let conditions = war.pointer("/status/conditions").and_then(Value::as_array);
-        let suspended = conditions.into_iter().flatten().any(|is| is["reason"] == SUSPENDED);
+        let admitted = match war.pointer("/status/admitted") {
+            Some(admitted) => admitted.as_bool().with_context(|| format!("{}: status.admitted is no boolean", of()))?,
+            None => {
+                let conditions = war.pointer("/status/conditions").and_then(Value::as_array);
+                !conditions.into_iter().flatten().any(|is| is["reason"] == SUSPENDED)
+            }
+        };
         ensure!(!group.is_empty(), "{} is of a WorkloadGroup without a name", of());
         Ok(Self {
             group: GroupName { namespace: namespace.clone(), name: group.to_owned() },
             name: RegistrationName { namespace, name },
             identity,
-            suspended,
+            admitted,
         })
     }
 }
@@ -155,10 +162,9 @@ impl Change<'_> {
 
 impl Admission {
     fn change<'a>(&self, workload: &'a Workload) -> Option<Change<'a>> {
-        let admitted = self.admits(workload);
-        match (workload.suspended, admitted) {
-            (false, Err(why)) => Some(Change { workload, loses: true, why }),
-            (true, Ok(policy)) => {
+        match (workload.admitted, self.admits(workload)) {
+            (true, Err(why)) => Some(Change { workload, loses: true, why }),
+            (false, Ok(policy)) => {
                 Some(Change { workload, loses: false, why: vec![format!("policy {policy} admits it")] })
             }
             _ => None,
