@@ -1,6 +1,7 @@
 //! The admin socket: what `onboardctl` asks and deletes. A Unix socket that only the plane's own user can open.
 
 use crate::authority::Authority;
+use crate::certificate::Certificates;
 use anyhow::Context;
 use axum::extract::{Path, State as Shared};
 use axum::http::StatusCode;
@@ -10,7 +11,6 @@ use axum::{Json, Router};
 use onboarding_core::name::RegistrationName;
 use onboarding_core::registration::{Event, State};
 use onboarding_kinds::war;
-use onboarding_runtime::readiness::Readiness;
 use serde_json::{Value, json};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
@@ -21,14 +21,14 @@ use tokio_util::sync::CancellationToken;
 #[derive(Clone)]
 struct Admin {
     authority: Arc<Authority>,
-    readiness: Readiness,
+    certificates: Arc<Certificates>,
 }
 
 /// Opens the socket (0600) and serves until `stop`.
 pub(crate) fn serve(
     path: PathBuf,
     authority: Arc<Authority>,
-    readiness: Readiness,
+    certificates: Arc<Certificates>,
     stop: CancellationToken,
 ) -> anyhow::Result<tokio::task::JoinHandle<()>> {
     // Left behind by a plane that was killed; the data directory's lock says that none is running.
@@ -42,7 +42,7 @@ pub(crate) fn serve(
         .route("/v1/workloads", get(list))
         .route("/v1/workloads/{namespace}/{name}", get(show).delete(delete))
         .route("/v1/status", get(status))
-        .with_state(Admin { authority, readiness });
+        .with_state(Admin { authority, certificates });
     Ok(tokio::spawn(async move {
         let served = axum::serve(listener, app).with_graceful_shutdown(async move { stop.cancelled().await }).await;
         if let Err(error) = served {
@@ -54,11 +54,11 @@ pub(crate) fn serve(
 
 async fn list(Shared(admin): Shared<Admin>) -> Response {
     let snapshot = admin.authority.snapshot();
-    match admin.authority.backend.registry.list().await {
+    match admin.authority.lifecycle.list().await {
         Ok(all) => {
             let mut items: Vec<(RegistrationName, Value)> = all
                 .into_iter()
-                .filter_map(|(name, stored)| match stored.state {
+                .filter_map(|(name, state)| match state {
                     State::Live(live) => {
                         let mut resource = war::resource(&name, &live, None);
                         // Ours: whether a policy admits it as things are now.
@@ -78,8 +78,8 @@ async fn list(Shared(admin): Shared<Admin>) -> Response {
 
 async fn show(Shared(admin): Shared<Admin>, Path((namespace, name)): Path<(String, String)>) -> Response {
     let name = RegistrationName { namespace, name };
-    match admin.authority.backend.registry.load(&name).await {
-        Ok(stored) => match stored.state {
+    match admin.authority.lifecycle.load(&name).await {
+        Ok(state) => match state {
             State::Live(live) => Json(war::resource(&name, &live, None)).into_response(),
             State::Absent | State::Ended(_) => not_found(&name),
         },
@@ -89,8 +89,8 @@ async fn show(Shared(admin): Shared<Admin>, Path((namespace, name)): Path<(Strin
 
 async fn delete(Shared(admin): Shared<Admin>, Path((namespace, name)): Path<(String, String)>) -> Response {
     let name = RegistrationName { namespace, name };
-    let before = match admin.authority.backend.registry.load(&name).await {
-        Ok(stored) => stored.state,
+    let before = match admin.authority.lifecycle.load(&name).await {
+        Ok(state) => state,
         Err(error) => return unavailable(&error.to_string()),
     };
     let key_known = match &before {
@@ -109,11 +109,13 @@ async fn delete(Shared(admin): Shared<Admin>, Path((namespace, name)): Path<(Str
 
 async fn status(Shared(admin): Shared<Admin>) -> Response {
     let snapshot = admin.authority.snapshot();
-    let missing = admin.readiness.reasons();
+    let mut faults = snapshot.faults.clone();
+    faults.extend(admin.certificates.fault());
+    let missing = admin.authority.readiness.reasons();
     Json(json!({
         "ready": missing.is_empty(),
         "missing": missing,
-        "faults": snapshot.faults,
+        "faults": faults,
         "policyUnreadable": snapshot.policy_unreadable,
         "sessions": admin.authority.lifecycle.sessions().count(),
         "uid": snapshot.plane.as_ref().map(|plane| plane.uid.clone()),

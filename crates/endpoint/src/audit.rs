@@ -1,17 +1,30 @@
 //! One line of JSON for every decision, written before its token leaves.
+//!
+//! A thread of its own writes: a sink that hangs (a pipe that nobody reads, a disk that is gone) stops decisions, never the sessions.
 
 use jiff::Timestamp;
 use onboarding_core::identity::{Identity, Thumbprint};
 use onboarding_kinds::identity::{Case, to_json};
 use serde::Serialize;
-use std::io::Write;
+use std::io::{self, Write};
 use std::net::IpAddr;
-use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
 
 /// Where the lines go.
 pub struct Audit {
-    sink: Mutex<Box<dyn Write + Send>>,
+    lines: mpsc::Sender<Line>,
 }
+
+struct Line {
+    json: Vec<u8>,
+    written: oneshot::Sender<Result<(), io::ErrorKind>>,
+}
+
+/// Decisions that wait for the sink; further ones are refused.
+const QUEUE: usize = 1024;
+/// How long a decision waits for its line.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What was decided, about whom, and why.
 #[derive(Debug, Serialize)]
@@ -30,7 +43,8 @@ pub(crate) struct Entry<'a> {
     /// Thumbprint, once it was proven.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub agent_key: Option<String>,
-    pub peer: IpAddr,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peer: Option<IpAddr>,
     /// The policy and the rule that allow it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub policy: Option<&'a str>,
@@ -47,12 +61,17 @@ pub(crate) struct Entry<'a> {
 #[derive(Debug, Clone, Copy, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Decision {
+    /// A token is issued.
     Allowed,
     Refused,
+    /// No policy admits a live registration any more: it ends.
+    Withdrawn,
+    /// Nobody can say whether a policy admits it: its session ends, its entry stays for the grace period.
+    Suspended,
 }
 
 impl<'a> Entry<'a> {
-    pub(crate) fn new(time: Timestamp, decision: Decision, workload_group: String, peer: IpAddr) -> Self {
+    pub(crate) fn new(time: Timestamp, decision: Decision, workload_group: String) -> Self {
         Self {
             time,
             decision,
@@ -60,7 +79,7 @@ impl<'a> Entry<'a> {
             registration: None,
             identity: None,
             agent_key: None,
-            peer,
+            peer: None,
             policy: None,
             rule: None,
             reasons: &[],
@@ -77,16 +96,106 @@ impl<'a> Entry<'a> {
 }
 
 impl Audit {
-    pub fn new(sink: Box<dyn Write + Send>) -> Self {
-        Self { sink: Mutex::new(sink) }
+    /// Starts the thread that writes; it ends after this value.
+    ///
+    /// # Errors
+    /// The thread can't be started.
+    pub fn new(sink: Box<dyn Write + Send>) -> io::Result<Self> {
+        let (lines, queue) = mpsc::channel(QUEUE);
+        std::thread::Builder::new().name("audit".to_owned()).spawn(move || write_lines(queue, sink))?;
+        Ok(Self { lines })
     }
 
     /// An error means that the line may be missing: nothing may be allowed then.
-    pub(crate) fn write(&self, entry: &Entry<'_>) -> std::io::Result<()> {
-        let mut line = serde_json::to_vec(entry)?;
-        line.push(b'\n');
-        let mut sink = self.sink.lock().unwrap_or_else(PoisonError::into_inner);
-        sink.write_all(&line)?;
-        sink.flush()
+    pub(crate) async fn write(&self, entry: &Entry<'_>) -> io::Result<()> {
+        let mut json = serde_json::to_vec(entry)?;
+        json.push(b'\n');
+        let (written, answer) = oneshot::channel();
+        self.lines
+            .try_send(Line { json, written })
+            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "it is slower than the decisions come"))?;
+        match tokio::time::timeout(PATIENCE, answer).await {
+            Ok(Ok(Ok(()))) => Ok(()),
+            Ok(Ok(Err(kind))) => Err(kind.into()),
+            Ok(Err(_)) => Err(io::Error::other("its writer has ended")),
+            Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "it takes no lines")),
+        }
+    }
+}
+
+fn write_lines(mut queue: mpsc::Receiver<Line>, mut sink: Box<dyn Write + Send>) {
+    // After a write that failed half way the next line must not become part of what is left of that one.
+    let mut torn = false;
+    while let Some(first) = queue.blocking_recv() {
+        let mut batch = vec![first];
+        while let Ok(next) = queue.try_recv() {
+            batch.push(next);
+        }
+        let mut bytes = Vec::with_capacity(batch.iter().map(|line| line.json.len()).sum::<usize>() + 1);
+        if torn {
+            bytes.push(b'\n');
+        }
+        for line in &batch {
+            bytes.extend_from_slice(&line.json);
+        }
+        let outcome = sink.write_all(&bytes).and_then(|()| sink.flush());
+        torn = outcome.is_err();
+        for line in batch {
+            // Whoever waited may have given up.
+            let _ = line.written.send(outcome.as_ref().map(|()| ()).map_err(io::Error::kind));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::{Arc, Mutex};
+
+    /// Fails as often as it is told, after half of what it was given.
+    #[derive(Clone, Default)]
+    struct Sink {
+        bytes: Arc<Mutex<Vec<u8>>>,
+        failures: Arc<Mutex<usize>>,
+    }
+
+    impl Write for Sink {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let mut failures = self.failures.lock().unwrap();
+            match *failures {
+                0 => {
+                    self.bytes.lock().unwrap().extend_from_slice(bytes);
+                    Ok(bytes.len())
+                }
+                // An even number: the first half; an odd one: no more.
+                left if left % 2 == 0 => {
+                    *failures -= 1;
+                    let half = bytes.len() / 2;
+                    self.bytes.lock().unwrap().extend_from_slice(&bytes[..half]);
+                    Ok(half)
+                }
+                _ => {
+                    *failures -= 1;
+                    Err(io::ErrorKind::StorageFull.into())
+                }
+            }
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_line_after_one_that_was_torn_stands_alone() {
+        let sink = Sink { failures: Arc::new(Mutex::new(2)), ..Sink::default() };
+        let audit = Audit::new(Box::new(sink.clone())).unwrap();
+        let entry = |group: &str| Entry::new(Timestamp::UNIX_EPOCH, Decision::Refused, group.to_owned());
+        let error = audit.write(&entry("a/lost")).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        audit.write(&entry("a/kept")).await.unwrap();
+        let text = String::from_utf8(sink.bytes.lock().unwrap().clone()).unwrap();
+        let last: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+        assert_eq!(last["workloadGroup"], "a/kept");
+        assert_eq!(last["decision"], "refused");
     }
 }

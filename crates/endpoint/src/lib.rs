@@ -5,23 +5,29 @@
 mod admin;
 pub mod audit;
 mod authority;
+mod authorization;
 pub mod backend;
+mod certificate;
 mod connection;
+mod lease;
 mod lifecycle;
 pub mod limits;
 mod listener;
 mod metrics;
+mod registration;
 mod session;
 mod token;
 
 use anyhow::Context;
 use audit::Audit;
 use authority::{Authority, Calls};
-use backend::Backend;
+use backend::{Backend, Snapshot};
+use certificate::Certificates;
 use jiff::Timestamp;
+use lease::Lease;
 use lifecycle::Lifecycle;
 use limits::{Limits, Rates};
-use listener::{Certificates, Listener};
+use listener::Listener;
 use metrics::Metrics;
 use onboarding_attest::Attestors;
 use onboarding_runtime::readiness::Readiness;
@@ -32,7 +38,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -95,12 +101,16 @@ pub async fn start(
     let Options { listen, admin_socket, replica, grace, limits, audit } = options;
     let metrics = Metrics::register(registry);
     let tokens = token::Tokens::open(backend.keys.clone(), Timestamp::now()).await.context("opening the token keys")?;
-    let lifecycle = Lifecycle::new(backend.registry.clone(), grace, metrics.clone());
-    lifecycle.disconnect_all(&replica).await.context("reading the registry")?;
+    let audit = Arc::new(audit);
+    let lifecycle = Lifecycle::new(backend.registry.clone(), grace, audit.clone(), metrics.clone(), readiness.clone());
+    Lease { lifecycle: &lifecycle, metrics: &metrics, replica: &replica }
+        .disconnect_all()
+        .await
+        .context("reading the registry")?;
 
-    let certificates = Arc::new(Certificates::default());
+    let certificates = Arc::new(Certificates::new(metrics.certificate_expiry.clone()));
     certificates.take(&backend.config.watch().borrow().clone(), &readiness);
-    let tls = listener::acceptor(certificates.clone())?;
+    let tls = certificate::acceptor(certificates.clone())?;
     let tcp = TcpListener::bind(listen).await.with_context(|| format!("listening on {listen}"))?;
     let address = tcp.local_addr().context("the listener's address")?;
 
@@ -115,12 +125,13 @@ pub async fn start(
         rates: Rates::new(&limits),
         authorizations: Semaphore::new(limits.authorizations),
         replica,
+        readiness: readiness.clone(),
         stop: stop.clone(),
     });
     let drain = Drain::default();
     let mut tasks = JoinSet::new();
     if let Some(path) = admin_socket {
-        let admin = admin::serve(path, authority.clone(), readiness.clone(), stop.clone())?;
+        let admin = admin::serve(path, authority.clone(), certificates.clone(), stop.clone())?;
         tasks.spawn(async move {
             let _ = admin.await;
         });
@@ -129,10 +140,18 @@ pub async fn start(
         let (config, readiness, stop) = (config.clone(), readiness.clone(), stop.clone());
         async move { certificates.follow(config.as_ref(), &readiness, &stop).await }
     });
-    tasks.spawn(listener::follow_readiness(config.watch(), readiness, stop.clone()));
+    tasks.spawn(follow_control_plane(config.watch(), readiness.clone(), stop.clone()));
     tasks.spawn({
         let (authority, stop) = (authority.clone(), stop.clone());
-        async move { authority.lifecycle.run(config.as_ref(), &stop).await }
+        async move {
+            let lease =
+                Lease { lifecycle: &authority.lifecycle, metrics: &authority.metrics, replica: &authority.replica };
+            lease.run(config.as_ref(), &stop).await;
+        }
+    });
+    tasks.spawn({
+        let (authority, stop) = (authority.clone(), stop.clone());
+        async move { authority.tokens.keep_rotating(&readiness, &stop).await }
     });
     tasks.spawn(forget_idle_peers(authority.clone(), stop.clone()));
     let routes = routes(&authority, limits.message_size);
@@ -161,6 +180,27 @@ async fn forget_idle_peers(authority: Arc<Authority>, stop: CancellationToken) {
         tokio::select! {
             () = stop.cancelled() => return,
             _ = minutes.tick() => authority.rates.forget_idle(),
+        }
+    }
+}
+
+/// Keeps the readiness in step with the ControlPlane.
+async fn follow_control_plane(
+    mut snapshots: watch::Receiver<Arc<Snapshot>>,
+    readiness: Readiness,
+    stop: CancellationToken,
+) {
+    const CONTROL_PLANE: &str = "controlPlane";
+    loop {
+        let snapshot = snapshots.borrow_and_update().clone();
+        if snapshot.plane.is_some() {
+            readiness.ready(CONTROL_PLANE);
+        } else {
+            readiness.missing(CONTROL_PLANE, "there is no valid ControlPlane with spec.meshExpansion.onboarding");
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            changed = snapshots.changed() => if changed.is_err() { return },
         }
     }
 }

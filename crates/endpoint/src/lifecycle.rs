@@ -1,33 +1,36 @@
-//! The driver of registrations: loads a state, asks the core for the next, stores it, carries out the effects.
+//! One registration at a time: loads its state, asks the core for the next, stores it, carries out the effects.
 //!
-//! It also lets time pass for all of them, and asks the policies again when the configuration changes.
+//! What happens to many of them, when time passes or the configuration changes, is `lease`'s.
 
-use crate::backend::{ConfigSource, Registry, RegistryError, Snapshot};
-use crate::metrics::{Metrics, Why};
-use futures_util::StreamExt;
-use futures_util::stream;
+use crate::audit::{Audit, Decision as Outcome, Entry};
+use crate::backend::{Registry, RegistryError, Snapshot};
+use crate::metrics::Metrics;
 use jiff::Timestamp;
 use onboarding_core::name::RegistrationName;
 use onboarding_core::policy::Decision;
 use onboarding_core::registration::{
     Connection, DisconnectReason, Effect, EndReason, Event, Live, Refusal, State, step,
 };
-use std::collections::HashMap;
+use onboarding_runtime::readiness::Readiness;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::oneshot;
-use tokio_util::sync::CancellationToken;
+use tokio::sync::{Notify, oneshot};
 
 /// How often a conditional store is tried anew before the caller is told to come back.
 const MOST_CONFLICTS: usize = 16;
-/// How many registrations are stored at the same time when many change at once; the registry commits them together.
-const AT_ONCE: usize = 256;
+const REGISTRY: &str = "registry";
 
 pub(crate) struct Lifecycle {
     registry: Arc<dyn Registry>,
     sessions: Sessions,
+    deadlines: Deadlines,
     grace: Duration,
+    audit: Arc<Audit>,
     metrics: Metrics,
+    readiness: Readiness,
+    failing: AtomicBool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -39,30 +42,59 @@ pub(crate) enum ApplyError {
 }
 
 impl Lifecycle {
-    pub(crate) fn new(registry: Arc<dyn Registry>, grace: Duration, metrics: Metrics) -> Self {
-        Self { registry, sessions: Sessions::default(), grace, metrics }
+    pub(crate) fn new(
+        registry: Arc<dyn Registry>,
+        grace: Duration,
+        audit: Arc<Audit>,
+        metrics: Metrics,
+        readiness: Readiness,
+    ) -> Self {
+        Self {
+            registry,
+            sessions: Sessions::default(),
+            deadlines: Deadlines::default(),
+            grace,
+            audit,
+            metrics,
+            readiness,
+            failing: AtomicBool::new(false),
+        }
     }
 
     pub(crate) fn sessions(&self) -> &Sessions {
         &self.sessions
     }
+    pub(crate) fn deadlines(&self) -> &Deadlines {
+        &self.deadlines
+    }
+    pub(crate) fn grace(&self) -> Duration {
+        self.grace
+    }
+
+    pub(crate) async fn load(&self, name: &RegistrationName) -> Result<State, RegistryError> {
+        Ok(self.answered(self.registry.load(name).await)?.state)
+    }
+
+    pub(crate) async fn list(&self) -> Result<Vec<(RegistrationName, State)>, RegistryError> {
+        let all = self.answered(self.registry.list().await)?;
+        Ok(all.into_iter().map(|(name, stored)| (name, stored.state)).collect())
+    }
 
     /// Makes an event happen to a registration. When this returns, the new state is durable.
     pub(crate) async fn apply(&self, name: &RegistrationName, event: Event) -> Result<State, ApplyError> {
         for _ in 0..MOST_CONFLICTS {
-            let stored = self.registry.load(name).await?;
+            let stored = self.answered(self.registry.load(name).await)?;
             let next = step(&stored.state, event.clone(), Timestamp::now(), self.grace)?;
-            if next.state == stored.state {
-                return Ok(next.state);
-            }
-            match self.registry.store(name, stored.version, &next.state).await {
-                Ok(_) => {
-                    self.carry_out(next.effects);
-                    return Ok(next.state);
+            if next.state != stored.state {
+                match self.answered(self.registry.store(name, stored.version, &next.state).await) {
+                    Ok(_) => {}
+                    Err(RegistryError::Conflict) => continue,
+                    Err(error) => return Err(error.into()),
                 }
-                Err(RegistryError::Conflict) => {}
-                Err(error) => return Err(error.into()),
             }
+            self.deadlines.note(name, &next.state, self.grace);
+            self.carry_out(next.effects);
+            return Ok(next.state);
         }
         Err(RegistryError::Conflict.into())
     }
@@ -70,138 +102,90 @@ impl Lifecycle {
     fn carry_out(&self, effects: Vec<Effect>) {
         for effect in effects {
             match effect {
-                Effect::EndSession { session, reason } => {
-                    self.metrics.sessions_ended.get_or_create(&Why { reason: end_reason(reason) }).inc();
-                    self.sessions.end(&session, reason);
-                }
+                Effect::EndSession { session, reason } => self.sessions.end(&session, reason),
                 // The registry tells the mesh: an entry of a live state is published, any other retracted.
                 Effect::PublishEntry | Effect::RetractEntry => {}
             }
         }
     }
 
-    /// What this replica held before it stopped is connected no longer.
-    pub(crate) async fn disconnect_all(&self, replica: &str) -> Result<(), RegistryError> {
-        let held = self.live(|live| match &live.connection {
-            Connection::Connected { replica: held_by, session, .. } if held_by == replica => {
-                Some(Event::Disconnect { session: session.clone(), reason: DisconnectReason::PlaneRestarted })
-            }
-            _ => None,
-        });
-        let events = held.await?;
-        self.apply_all(events).await;
-        Ok(())
-    }
-
-    /// Lets time pass, and follows the configuration, until `stop`.
-    pub(crate) async fn run(&self, config: &dyn ConfigSource, stop: &CancellationToken) {
-        let mut snapshots = config.watch();
-        snapshots.mark_changed();
-        let interval = (self.grace / 10).clamp(Duration::from_millis(200), Duration::from_secs(5));
-        let mut ticks = tokio::time::interval(interval);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
-            let outcome = tokio::select! {
-                () = stop.cancelled() => return,
-                changed = snapshots.changed() => {
-                    if changed.is_err() {
-                        return;
-                    }
-                    let snapshot = snapshots.borrow_and_update().clone();
-                    self.recheck(&snapshot).await
-                }
-                _ = ticks.tick() => self.tick().await,
-            };
-            if let Err(error) = outcome {
-                tracing::error!(%error, "the registry can't be gone through; it is tried again");
-                snapshots.mark_changed();
-                tokio::select! {
-                    () = stop.cancelled() => return,
-                    _ = ticks.tick() => {}
-                }
-            }
-        }
-    }
-
-    async fn tick(&self) -> Result<(), RegistryError> {
-        let now = Timestamp::now();
-        let mut due = Vec::new();
-        for (name, stored) in self.registry.list().await? {
-            let reaped = match step(&stored.state, Event::Tick, now, self.grace) {
-                Ok(next) if next.state == stored.state => continue,
-                Ok(next) => matches!(stored.state, State::Live(_)) && matches!(next.state, State::Ended(_)),
-                Err(_) => continue,
-            };
-            if reaped {
-                tracing::info!(registration = %name, "the lease ended: the registration is removed");
-                self.metrics.reaped.inc();
-            }
-            due.push((name, Event::Tick));
-        }
-        self.apply_all(due).await;
-        Ok(())
-    }
-
-    /// Asks for every live registration whether it is still admitted.
-    async fn recheck(&self, snapshot: &Snapshot) -> Result<(), RegistryError> {
-        self.metrics.config_faults.set(i64::try_from(snapshot.faults.len()).unwrap_or(i64::MAX));
-        let refused = self.live(|live| {
-            if admitted(snapshot, live) {
-                return None;
-            }
-            if !snapshot.policy_unreadable {
-                return Some(Event::Withdraw);
-            }
-            match &live.connection {
-                Connection::Connected { session, .. } => {
-                    Some(Event::Disconnect { session: session.clone(), reason: DisconnectReason::PolicyUnreadable })
-                }
-                Connection::Disconnected { .. } => None,
-            }
-        });
-        let events = refused.await?;
-        for (name, event) in &events {
-            if let Event::Disconnect { .. } = event {
-                tracing::warn!(registration = %name, "a policy can't be read, so nobody can say that this workload is admitted: its session ends, its entry stays for the grace period");
-            } else {
-                tracing::warn!(registration = %name, "no policy admits this workload any more: its registration ends");
-            }
-        }
-        self.apply_all(events).await;
-        Ok(())
-    }
-
-    /// The live registrations for which there is an event.
-    async fn live(
+    /// Whether this registration is admitted as things are configured now; if it isn't, it ends.
+    ///
+    /// To be called after what depends on a policy was stored. Whoever changes the configuration goes through what is
+    /// stored: either that finds this state, or this finds the change.
+    pub(crate) async fn enforce(
         &self,
-        event: impl Fn(&Live) -> Option<Event>,
-    ) -> Result<Vec<(RegistrationName, Event)>, RegistryError> {
-        let all = self.registry.list().await?;
-        Ok(all
-            .into_iter()
-            .filter_map(|(name, stored)| match &stored.state {
-                State::Live(live) => event(live).map(|event| (name, event)),
-                _ => None,
-            })
-            .collect())
+        name: &RegistrationName,
+        state: &State,
+        snapshot: &Snapshot,
+    ) -> Result<bool, ApplyError> {
+        match state {
+            State::Live(live) if !admitted(snapshot, live) => {
+                self.end_admission(name, live, snapshot).await?;
+                Ok(false)
+            }
+            _ => Ok(true),
+        }
     }
 
-    async fn apply_all(&self, events: Vec<(RegistrationName, Event)>) {
-        stream::iter(events)
-            .for_each_concurrent(AT_ONCE, |(name, event)| async move {
-                // A session that is cut off without an event of its own in the core: the one that the state named.
-                let cut = match &event {
-                    Event::Disconnect { session, reason: DisconnectReason::PolicyUnreadable } => Some(session.clone()),
-                    _ => None,
-                };
-                if let Err(error) = self.apply(&name, event).await {
-                    tracing::warn!(registration = %name, %error, "an event could not be applied to the registration");
+    /// No policy admits this live registration, or nobody can say.
+    pub(crate) async fn end_admission(
+        &self,
+        name: &RegistrationName,
+        live: &Live,
+        snapshot: &Snapshot,
+    ) -> Result<(), ApplyError> {
+        let session = match &live.connection {
+            Connection::Connected { session, .. } => Some(session.clone()),
+            Connection::Disconnected { .. } => None,
+        };
+        let (outcome, reason, event) = match (snapshot.policy_unreadable, &session) {
+            (false, _) => (Outcome::Withdrawn, EndReason::Withdrawn, Event::Withdraw),
+            (true, Some(session)) => {
+                let reason = DisconnectReason::PolicyUnreadable;
+                let event = Event::Disconnect { session: session.clone(), reason };
+                (Outcome::Suspended, EndReason::PolicyUnreadable, event)
+            }
+            // Its lease runs already.
+            (true, None) => return Ok(()),
+        };
+        // The session first: it ends also where the registry can't be written.
+        if let Some(session) = &session {
+            self.sessions.end(session, reason);
+        }
+        self.apply(name, event).await?;
+        match outcome {
+            Outcome::Suspended => tracing::warn!(
+                registration = %name,
+                "a policy can't be read, so nobody can say that this workload is admitted: its session ends, its entry stays for the grace period"
+            ),
+            _ => tracing::warn!(registration = %name, "no policy admits this workload any more: its registration ends"),
+        }
+        let mut entry = Entry::new(Timestamp::now(), outcome, live.group.to_string())
+            .about(Some(&live.attested.identity), Some(live.key.thumbprint));
+        entry.registration = Some(name.to_string());
+        if let Err(error) = self.audit.write(&entry).await {
+            // What was ended stays ended.
+            self.metrics.audit_failures.inc();
+            tracing::error!(%error, "the end of an admission can't be written to the audit log");
+        }
+        Ok(())
+    }
+
+    /// Readiness follows what the registry last did.
+    fn answered<T>(&self, answer: Result<T, RegistryError>) -> Result<T, RegistryError> {
+        match &answer {
+            Err(error @ RegistryError::Unavailable(_)) => {
+                self.failing.store(true, Ordering::Relaxed);
+                self.readiness.missing(REGISTRY, error.to_string());
+            }
+            Ok(_) | Err(RegistryError::Conflict) => {
+                if self.failing.swap(false, Ordering::Relaxed) {
+                    self.readiness.ready(REGISTRY);
                 }
-                if let Some(session) = cut {
-                    self.sessions.end(&session, EndReason::PolicyUnreadable);
-                }
-            })
-            .await;
+            }
+        }
+        answer
     }
 }
 
@@ -210,17 +194,6 @@ pub(crate) fn admitted(snapshot: &Snapshot, live: &Live) -> bool {
     snapshot.groups.get(&live.group).is_some_and(|group| {
         matches!(snapshot.policies.decide(&live.attested.identity, group), Decision::Allowed { .. })
     })
-}
-
-fn end_reason(reason: EndReason) -> &'static str {
-    match reason {
-        EndReason::Replaced => "replaced",
-        EndReason::Withdrawn => "withdrawn",
-        EndReason::PolicyUnreadable => "policy_unreadable",
-        EndReason::Deleted => "deleted",
-        EndReason::Unregistered => "unregistered",
-        EndReason::TokenExpired => "token_expired",
-    }
 }
 
 /// The sessions that this replica holds, by name, and how each is told that it ends.
@@ -238,6 +211,9 @@ impl Sessions {
     pub(crate) fn closed(&self, session: &str) {
         self.lock().remove(session);
     }
+    pub(crate) fn has(&self, session: &str) -> bool {
+        self.lock().contains_key(session)
+    }
     fn end(&self, session: &str, reason: EndReason) {
         if let Some(sender) = self.lock().remove(session) {
             // It may have ended by itself meanwhile.
@@ -249,5 +225,119 @@ impl Sessions {
     }
     fn lock(&self) -> MutexGuard<'_, HashMap<String, oneshot::Sender<EndReason>>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// When something happens next to each live registration by time alone.
+#[derive(Default)]
+pub(crate) struct Deadlines {
+    times: Mutex<Times>,
+    changed: Notify,
+}
+
+#[derive(Default)]
+struct Times {
+    by_time: BTreeSet<(Timestamp, RegistrationName)>,
+    of: HashMap<RegistrationName, Timestamp>,
+}
+
+impl Deadlines {
+    /// A state that was read or stored just now.
+    pub(crate) fn note(&self, name: &RegistrationName, state: &State, grace: Duration) {
+        let at = match state {
+            State::Live(live) => Some(match &live.connection {
+                Connection::Connected { .. } => live.token_expires_at,
+                Connection::Disconnected { .. } => live.lease_ends_at(grace),
+            }),
+            State::Absent | State::Ended(_) => None,
+        };
+        self.set(name, at);
+    }
+
+    pub(crate) fn set(&self, name: &RegistrationName, at: Option<Timestamp>) {
+        let mut times = self.lock();
+        if times.of.get(name).copied() == at {
+            return;
+        }
+        if let Some(before) = times.of.remove(name) {
+            times.by_time.remove(&(before, name.clone()));
+        }
+        if let Some(at) = at {
+            times.of.insert(name.clone(), at);
+            times.by_time.insert((at, name.clone()));
+            if times.by_time.first().is_some_and(|(first, _)| *first == at) {
+                self.changed.notify_one();
+            }
+        }
+    }
+
+    /// Those whose time has come; their deadlines are gone until they are noted again.
+    pub(crate) fn due(&self, now: Timestamp) -> Vec<RegistrationName> {
+        let mut times = self.lock();
+        let mut due = Vec::new();
+        while times.by_time.first().is_some_and(|(at, _)| *at <= now) {
+            if let Some((_, name)) = times.by_time.pop_first() {
+                times.of.remove(&name);
+                due.push(name);
+            }
+        }
+        due
+    }
+
+    /// Returns at the next deadline. For one waiter.
+    pub(crate) async fn wait(&self) {
+        loop {
+            let next = self.lock().by_time.first().map(|(at, _)| *at);
+            let left = next.map(|at| Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or(Duration::ZERO));
+            tokio::select! {
+                () = self.changed.notified() => {}
+                () = tokio::time::sleep(left.unwrap_or(Duration::MAX)) => return,
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Times> {
+        self.times.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(name: &str) -> RegistrationName {
+        RegistrationName { namespace: "bookinfo".to_owned(), name: name.to_owned() }
+    }
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    #[test]
+    fn a_deadline_that_moved_comes_once() {
+        let deadlines = Deadlines::default();
+        deadlines.set(&name("a"), Some(at(10)));
+        deadlines.set(&name("b"), Some(at(20)));
+        deadlines.set(&name("a"), Some(at(30)));
+        assert_eq!(deadlines.due(at(19)), []);
+        assert_eq!(deadlines.due(at(20)), [name("b")]);
+        assert_eq!(deadlines.due(at(29)), []);
+        assert_eq!(deadlines.due(at(30)), [name("a")]);
+        assert_eq!(deadlines.due(at(99)), []);
+        deadlines.set(&name("c"), Some(at(40)));
+        deadlines.set(&name("c"), None);
+        assert_eq!(deadlines.due(at(99)), []);
+    }
+
+    #[tokio::test]
+    async fn an_earlier_deadline_wakes_who_waits_for_a_later_one() {
+        let deadlines = Arc::new(Deadlines::default());
+        deadlines.set(&name("late"), Some(Timestamp::MAX));
+        let waiting = tokio::spawn({
+            let deadlines = deadlines.clone();
+            async move { deadlines.wait().await }
+        });
+        deadlines.set(&name("now"), Some(Timestamp::now()));
+        tokio::time::timeout(Duration::from_secs(10), waiting).await.unwrap().unwrap();
     }
 }

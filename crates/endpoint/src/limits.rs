@@ -1,19 +1,25 @@
 //! What one agent, and all of them together, may ask for.
 
+use governor::clock::{Clock, DefaultClock};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use onboarding_wire::RETRY_PUSHBACK;
-use std::net::IpAddr;
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv6Addr};
 use std::num::NonZeroU32;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tonic::{Code, Status};
 
-/// Bounds of the endpoint. The defaults are for one plane with ten thousand agents.
+/// Bounds of the endpoint. The defaults are for one plane with ten thousand agents, which may all come from one address (a NAT, a gateway).
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// Connections in all.
     pub connections: usize,
+    /// Connections of one address (of one /64 in IPv6); further ones are closed.
+    pub connections_per_address: usize,
     /// TLS handshakes at a time; further ones wait.
     pub handshakes: usize,
+    /// From the connection to the end of its TLS handshake, the wait for its turn included.
     pub handshake_timeout: Duration,
     /// How long a connection may be open before a key is proven on it.
     pub time_to_prove: Duration,
@@ -21,9 +27,9 @@ pub struct Limits {
     pub streams_per_connection: u32,
     /// Of any message of an agent, in bytes.
     pub message_size: usize,
-    /// Authorizations of one address: this many at once, refilled one each `authorization_interval`.
+    /// Authorizations of one address: this many at once, and so many each second after that.
     pub authorization_burst: NonZeroU32,
-    pub authorization_interval: Duration,
+    pub authorizations_per_second: NonZeroU32,
     /// Authorizations under way at a time.
     pub authorizations: usize,
     /// HTTP/2 pings to find dead agents.
@@ -31,17 +37,24 @@ pub struct Limits {
     pub keepalive_timeout: Duration,
 }
 
+impl Limits {
+    pub const DEFAULT_CONNECTIONS_PER_ADDRESS: usize = 20_000;
+    pub const DEFAULT_AUTHORIZATION_BURST: NonZeroU32 = const { NonZeroU32::new(200).unwrap() };
+    pub const DEFAULT_AUTHORIZATIONS_PER_SECOND: NonZeroU32 = const { NonZeroU32::new(20).unwrap() };
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: 60_000,
-            handshakes: 256,
+            connections_per_address: Self::DEFAULT_CONNECTIONS_PER_ADDRESS,
+            handshakes: 1024,
             handshake_timeout: Duration::from_secs(10),
             time_to_prove: Duration::from_secs(30),
             streams_per_connection: 16,
             message_size: 64 * 1024,
-            authorization_burst: const { NonZeroU32::new(60).unwrap() },
-            authorization_interval: Duration::from_secs(1),
+            authorization_burst: Self::DEFAULT_AUTHORIZATION_BURST,
+            authorizations_per_second: Self::DEFAULT_AUTHORIZATIONS_PER_SECOND,
             authorizations: 1024,
             keepalive_interval: Duration::from_secs(20),
             keepalive_timeout: Duration::from_secs(10),
@@ -49,23 +62,42 @@ impl Default for Limits {
     }
 }
 
+/// What is counted together: whoever has one address of a /64 has all of it.
+fn counted_as(peer: IpAddr) -> IpAddr {
+    match peer.to_canonical() {
+        IpAddr::V6(ip) => {
+            let [a, b, c, d, ..] = ip.segments();
+            Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0).into()
+        }
+        v4 => v4,
+    }
+}
+
+/// Addresses whose rate is kept; a new one is refused beyond that.
+const MOST_ADDRESSES: usize = 100_000;
+const BUSY: Duration = Duration::from_secs(1);
+
 /// How often each address may ask for authorization.
 pub(crate) struct Rates {
     authorizations: DefaultKeyedRateLimiter<IpAddr>,
-    interval: Duration,
+    clock: DefaultClock,
 }
 
 impl Rates {
     pub(crate) fn new(limits: &Limits) -> Self {
-        let quota = Quota::with_period(limits.authorization_interval)
-            .unwrap_or(Quota::per_second(NonZeroU32::MIN))
-            .allow_burst(limits.authorization_burst);
-        Self { authorizations: RateLimiter::keyed(quota), interval: limits.authorization_interval }
+        let quota = Quota::per_second(limits.authorizations_per_second).allow_burst(limits.authorization_burst);
+        Self { authorizations: RateLimiter::keyed(quota), clock: DefaultClock::default() }
     }
 
     pub(crate) fn authorization(&self, peer: IpAddr) -> Result<(), Status> {
-        self.authorizations.check_key(&peer).map_err(|_| {
-            exhausted("too many authorizations from this address", self.interval.max(Duration::from_millis(500)))
+        if self.authorizations.len() >= MOST_ADDRESSES {
+            self.authorizations.retain_recent();
+            if self.authorizations.len() >= MOST_ADDRESSES {
+                return Err(exhausted("the plane is busy with agents of other addresses", BUSY));
+            }
+        }
+        self.authorizations.check_key(&counted_as(peer)).map_err(|until| {
+            exhausted("too many authorizations from this address", until.wait_time_from(self.clock.now()))
         })
     }
 
@@ -78,9 +110,107 @@ impl Rates {
 
 /// Tells the agent how long to wait at least.
 pub(crate) fn exhausted(why: &str, wait: Duration) -> Status {
-    let mut status = Status::new(Code::ResourceExhausted, format!("{why}; try again in {} ms", wait.as_millis()));
-    if let Ok(value) = wait.as_millis().to_string().parse() {
+    let wait = wait.as_millis().max(100);
+    let mut status = Status::new(Code::ResourceExhausted, format!("{why}; try again in {wait} ms"));
+    if let Ok(value) = wait.to_string().parse() {
         status.metadata_mut().insert(RETRY_PUSHBACK, value);
     }
     status
+}
+
+/// How many connections each address has.
+#[derive(Debug, Clone)]
+pub(crate) struct Addresses {
+    most: usize,
+    counts: Arc<Mutex<HashMap<IpAddr, usize>>>,
+}
+
+impl Addresses {
+    pub(crate) fn new(most: usize) -> Self {
+        Self { most, counts: Arc::default() }
+    }
+
+    /// `None`: this address has as many as it may.
+    pub(crate) fn enter(&self, peer: IpAddr) -> Option<AddressGuard> {
+        let address = counted_as(peer);
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(address).or_default();
+        if *count >= self.most {
+            return None;
+        }
+        *count += 1;
+        Some(AddressGuard { address, counts: self.counts.clone() })
+    }
+}
+
+/// One connection, counted for as long as this lives.
+#[derive(Debug)]
+pub(crate) struct AddressGuard {
+    address: IpAddr,
+    counts: Arc<Mutex<HashMap<IpAddr, usize>>>,
+}
+
+impl Drop for AddressGuard {
+    fn drop(&mut self) {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = counts.get_mut(&self.address) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.address);
+            }
+        }
+    }
+}
+
+/// So many of something within each window of time.
+#[derive(Debug)]
+pub(crate) struct Budget {
+    most: u32,
+    window: Duration,
+    since: tokio::time::Instant,
+    used: u32,
+}
+
+impl Budget {
+    pub(crate) fn new(most: u32, window: Duration) -> Self {
+        Self { most, window, since: tokio::time::Instant::now(), used: 0 }
+    }
+
+    /// False: there is none left.
+    pub(crate) fn spend(&mut self) -> bool {
+        if self.since.elapsed() > self.window {
+            (self.since, self.used) = (tokio::time::Instant::now(), 0);
+        }
+        self.used = self.used.saturating_add(1);
+        self.used <= self.most
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_has_so_many_connections_and_gets_them_back() {
+        let addresses = Addresses::new(2);
+        let v4: IpAddr = "192.0.2.1".parse().unwrap();
+        let first = addresses.enter(v4).unwrap();
+        let _second = addresses.enter("::ffff:192.0.2.1".parse().unwrap()).unwrap();
+        assert!(addresses.enter(v4).is_none());
+        assert!(addresses.enter("192.0.2.2".parse().unwrap()).is_some());
+        drop(first);
+        assert!(addresses.enter(v4).is_some());
+        assert_eq!(addresses.counts.lock().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_whole_64_counts_as_one_address() {
+        let rates = Rates::new(&Limits { authorization_burst: NonZeroU32::MIN, ..Limits::default() });
+        rates.authorization("2001:db8::1".parse().unwrap()).unwrap();
+        let refused = rates.authorization("2001:db8::2".parse().unwrap()).unwrap_err();
+        assert_eq!(refused.code(), Code::ResourceExhausted);
+        let wait: u64 = refused.metadata().get(RETRY_PUSHBACK).unwrap().to_str().unwrap().parse().unwrap();
+        assert!((100..=1000).contains(&wait), "{wait}");
+        rates.authorization("2001:db8:0:1::1".parse().unwrap()).unwrap();
+    }
 }

@@ -24,7 +24,7 @@ pub(crate) struct Why {
 pub(crate) struct Metrics {
     pub calls: Family<Call, Counter>,
     pub connections: Gauge,
-    pub handshakes_failed: Family<Why, Counter>,
+    pub connections_failed: Family<Why, Counter>,
     pub sessions: Gauge,
     pub sessions_ended: Family<Why, Counter>,
     pub authorization_seconds: Histogram,
@@ -32,6 +32,7 @@ pub(crate) struct Metrics {
     pub reaped: Counter,
     pub audit_failures: Counter,
     pub config_faults: Gauge,
+    pub certificate_expiry: Gauge,
 }
 
 impl Metrics {
@@ -39,7 +40,7 @@ impl Metrics {
         let metrics = Self {
             calls: Family::default(),
             connections: Gauge::default(),
-            handshakes_failed: Family::default(),
+            connections_failed: Family::default(),
             sessions: Gauge::default(),
             sessions_ended: Family::default(),
             authorization_seconds: Histogram::new(exponential_buckets(0.0005, 2.0, 14)),
@@ -47,11 +48,16 @@ impl Metrics {
             reaped: Counter::default(),
             audit_failures: Counter::default(),
             config_faults: Gauge::default(),
+            certificate_expiry: Gauge::default(),
         };
         let r = registry.sub_registry_with_prefix("onboarding");
         r.register("calls", "Calls of agents, by outcome", metrics.calls.clone());
         r.register("connections", "Open connections of agents", metrics.connections.clone());
-        r.register("handshakes_failed", "Connections that got no further", metrics.handshakes_failed.clone());
+        r.register(
+            "connections_failed",
+            "Connections that the endpoint ended before a key was proven, by reason",
+            metrics.connections_failed.clone(),
+        );
         r.register("sessions", "Agents with an open session", metrics.sessions.clone());
         r.register("sessions_ended", "Sessions that ended, by reason", metrics.sessions_ended.clone());
         r.register_with_unit(
@@ -60,13 +66,18 @@ impl Metrics {
             Unit::Seconds,
             metrics.authorization_seconds.clone(),
         );
-        r.register("mesh_certificates", "Certificates issued to sidecars", metrics.certificates.clone());
+        r.register("certificates_issued", "Certificates of the mesh that sessions got", metrics.certificates.clone());
         r.register("registrations_reaped", "Registrations whose lease ended", metrics.reaped.clone());
         r.register("audit_failures", "Decisions that could not be written down", metrics.audit_failures.clone());
         r.register(
             "config_faults",
             "What can't be read or is missing in the configuration",
             metrics.config_faults.clone(),
+        );
+        r.register(
+            "certificate_expiry_timestamp_seconds",
+            "When the endpoint's certificate ends, in seconds since 1970; 0: there is none",
+            metrics.certificate_expiry.clone(),
         );
         metrics
     }

@@ -1,12 +1,16 @@
 //! The session of one connected agent: boot configurations and certificates go out; health, renewals and reports come in.
 
-use crate::authority::{Authority, Caller, Calls, admitting_group, apply_status, registry_status, requires_live};
+use crate::authority::{Authority, Caller, Calls, apply_status, registry_status, requires_live};
+use crate::authorization::admission;
 use crate::backend::{ProvisionError, Workload};
 use crate::connection::Connection;
+use crate::limits::Budget;
+use crate::metrics::Why;
+use crate::registration::not_admitted_any_more;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use jiff::Timestamp;
-use onboarding_core::registration::{DisconnectReason, EndReason, Event, Health};
+use onboarding_core::registration::{DisconnectReason, EndReason, Event, Health, State};
 use onboarding_core::token::Claims;
 use onboarding_wire::onboarding as pb;
 use pb::agent_message::Message as FromAgent;
@@ -17,13 +21,21 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-/// How long an agent may take to say hello, and to take a message that is ready for it.
-const PATIENCE: Duration = Duration::from_secs(30);
-/// Certificates that one session may ask for within [`CERTIFICATE_WINDOW`].
+/// How long an agent may take to say hello.
+const HELLO_WITHIN: Duration = Duration::from_secs(10);
+/// How long it may take until it has room for the next message: a large configuration over a thin line comes before it.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The last message waits no longer than this.
+const GOODBYE_WITHIN: Duration = Duration::from_secs(2);
+const MINUTE: Duration = Duration::from_secs(60);
+/// Certificates that one session may ask for within a minute.
 const MOST_CERTIFICATES: u32 = 10;
-const CERTIFICATE_WINDOW: Duration = Duration::from_secs(60);
-/// What an agent may say about its health, in bytes.
-const LONGEST_HEALTH_MESSAGE: usize = 512;
+/// Messages of any kind that it may send within a minute: each may cost a durable write.
+const MOST_MESSAGES: u32 = 120;
+/// What an agent may say about its health, in characters.
+const LONGEST_HEALTH_MESSAGE: usize = 256;
+/// What a certificate request of any usual key stays below, in bytes.
+const LONGEST_CSR: usize = 16 * 1024;
 
 type Outgoing = mpsc::Sender<Result<pb::PlaneMessage, Status>>;
 
@@ -45,7 +57,7 @@ async fn open(
     mut request: Request<Streaming<pb::AgentMessage>>,
 ) -> Result<ReceiverStream<Result<pb::PlaneMessage, Status>>, Status> {
     let connection = Connection::of(&request)?;
-    let first = tokio::time::timeout(PATIENCE, request.get_mut().message())
+    let first = tokio::time::timeout(HELLO_WITHIN, request.get_mut().message())
         .await
         .map_err(|_| Status::deadline_exceeded("the agent said no hello"))??;
     let Some(pb::AgentMessage { message: Some(FromAgent::Hello(hello)) }) = first else {
@@ -53,17 +65,16 @@ async fn open(
     };
     let caller = authority.caller(&connection, &request, hello.proof.as_ref()).await?;
     let Caller { claims, snapshot, .. } = caller;
-    admitting_group(&snapshot, &claims)?;
-    let stored = authority.backend.registry.load(&claims.subject).await.map_err(registry_status)?;
-    requires_live(&stored.state, &claims)?;
+    let state = authority.lifecycle.load(&claims.subject).await.map_err(registry_status)?;
+    requires_live(&state, &claims)?;
+    admission(&snapshot, &claims.attested.identity, &claims.group).map_err(|refused| refused.status)?;
 
     let session = uuid::Uuid::new_v4().to_string();
     // Known before it is on record, so that whoever replaces it finds it.
     let ended = authority.lifecycle.sessions().opened(session.clone());
-    let connect = Event::Connect { replica: authority.replica.clone(), session: session.clone(), key: claims.key };
-    if let Err(error) = authority.lifecycle.apply(&claims.subject, connect).await {
+    if let Err(status) = connect(&authority, &claims, &session).await {
         authority.lifecycle.sessions().closed(&session);
-        return Err(apply_status(error));
+        return Err(status);
     }
     // Small: what an agent gets is ready one after the other, and ten thousand agents each have one.
     let (outgoing, stream) = mpsc::channel(1);
@@ -77,10 +88,23 @@ async fn open(
         workload,
         session,
         outgoing,
-        certificates: (tokio::time::Instant::now(), 0),
+        ended,
+        certificates: Budget::new(MOST_CERTIFICATES, MINUTE),
+        messages: Budget::new(MOST_MESSAGES, MINUTE),
     };
-    tokio::spawn(session.run(request.into_inner(), boots, ended));
+    tokio::spawn(session.run(request.into_inner(), boots));
     Ok(ReceiverStream::new(stream))
+}
+
+/// Puts the session on record, if a policy admits it still.
+async fn connect(authority: &Authority, claims: &Claims, session: &str) -> Result<(), Status> {
+    let connect = Event::Connect { replica: authority.replica.clone(), session: session.to_owned(), key: claims.key };
+    let state = authority.lifecycle.apply(&claims.subject, connect).await.map_err(apply_status)?;
+    let now = authority.snapshot();
+    match authority.lifecycle.enforce(&claims.subject, &state, &now).await.map_err(apply_status)? {
+        true => Ok(()),
+        false => Err(not_admitted_any_more(&now, &claims.attested.identity, &claims.group)),
+    }
 }
 
 struct Session {
@@ -90,9 +114,12 @@ struct Session {
     workload: Workload,
     session: String,
     outgoing: Outgoing,
-    /// Since when certificates are counted, and how many.
-    certificates: (tokio::time::Instant, u32),
+    ended: oneshot::Receiver<EndReason>,
+    certificates: Budget,
+    messages: Budget,
 }
+
+type Boots = BoxStream<'static, Result<pb::BootConfiguration, ProvisionError>>;
 
 /// Why a session is over.
 enum Over {
@@ -105,56 +132,52 @@ enum Over {
 }
 
 impl Session {
-    async fn run(
-        mut self,
-        incoming: Streaming<pb::AgentMessage>,
-        boots: BoxStream<'static, Result<pb::BootConfiguration, ProvisionError>>,
-        ended: oneshot::Receiver<EndReason>,
-    ) {
-        self.authority.metrics.sessions.inc();
-        let over = self.serve(incoming, boots, ended).await;
-        self.authority.metrics.sessions.dec();
-        self.authority.lifecycle.sessions().closed(&self.session);
-        let (reason, end) = match over {
-            Over::Ended(reason) => (None, Some(end_message(reason))),
+    async fn run(mut self, incoming: Streaming<pb::AgentMessage>, boots: Boots) {
+        let metrics = self.authority.metrics.clone();
+        metrics.sessions.inc();
+        let over = self.serve(incoming, boots).await;
+        metrics.sessions.dec();
+        let name = &self.claims.subject;
+        let (label, disconnect, end) = match over {
+            Over::Ended(reason) => (label(reason), None, Some(end_message(reason))),
             Over::Stopping => {
                 let end = (pb::session_end::Reason::PlaneStopping, "the plane stops: connect again");
-                (Some(DisconnectReason::PlaneRestarted), Some(end))
+                // Ten thousand at a time: the next start puts it on record.
+                ("plane_stopping", None, Some(end))
             }
-            Over::TokenExpired => (Some(DisconnectReason::TokenExpired), Some(end_message(EndReason::TokenExpired))),
+            Over::TokenExpired => {
+                let end = end_message(EndReason::TokenExpired);
+                ("token_expired", Some(DisconnectReason::TokenExpired), Some(end))
+            }
             Over::Lost(why) => {
-                tracing::info!(registration = %self.claims.subject, why, "the connection ended");
-                (Some(DisconnectReason::ConnectionLost), None)
+                tracing::info!(registration = %name, why, "the connection ended");
+                ("connection_lost", Some(DisconnectReason::ConnectionLost), None)
             }
         };
+        metrics.sessions_ended.get_or_create(&Why { reason: label }).inc();
         if let Some((reason, message)) = end {
-            tracing::info!(registration = %self.claims.subject, reason = reason.as_str_name(), "the session ends");
+            tracing::info!(registration = %name, reason = reason.as_str_name(), "the session ends");
             let end = pb::SessionEnd { reason: reason.into(), message: message.to_owned() };
-            let _ = self.send(ToAgent::End(end)).await;
+            let end = pb::PlaneMessage { message: Some(ToAgent::End(end)) };
+            let _ = tokio::time::timeout(GOODBYE_WITHIN, self.outgoing.send(Ok(end))).await;
         }
-        if let Some(reason) = reason {
+        self.authority.lifecycle.sessions().closed(&self.session);
+        if let Some(reason) = disconnect {
             let event = Event::Disconnect { session: self.session.clone(), reason };
-            if let Err(error) = self.authority.lifecycle.apply(&self.claims.subject, event).await {
-                // The lease ends what is left.
-                tracing::warn!(registration = %self.claims.subject, %error, "the end of a connection could not be recorded");
+            if let Err(error) = self.authority.lifecycle.apply(name, event).await {
+                // It is found within a minute; whatever happens, the lease ends what is left.
+                tracing::warn!(registration = %name, %error, "the end of a connection could not be recorded");
             }
         }
     }
 
-    async fn serve(
-        &mut self,
-        mut incoming: Streaming<pb::AgentMessage>,
-        mut boots: BoxStream<'static, Result<pb::BootConfiguration, ProvisionError>>,
-        mut ended: oneshot::Receiver<EndReason>,
-    ) -> Over {
+    async fn serve(&mut self, mut incoming: Streaming<pb::AgentMessage>, mut boots: Boots) -> Over {
         let stop = self.authority.stop.clone();
         loop {
             let expires_in =
                 Duration::try_from(self.claims.expires_at.duration_since(Timestamp::now())).unwrap_or(Duration::ZERO);
             let outcome = tokio::select! {
-                reason = &mut ended => {
-                    return reason.map_or(Over::Lost("it was forgotten"), Over::Ended);
-                }
+                reason = &mut self.ended => return ended(reason),
                 () = stop.cancelled() => return Over::Stopping,
                 () = tokio::time::sleep(expires_in) => return Over::TokenExpired,
                 message = incoming.message() => match message {
@@ -170,7 +193,10 @@ impl Session {
                         Ok(())
                     }
                     // It isn't registered any more; what ended it ends the session.
-                    None => { boots = futures_util::stream::pending().boxed(); Ok(()) }
+                    None => {
+                        boots = futures_util::stream::pending().boxed();
+                        Ok(())
+                    }
                 },
             };
             if let Err(over) = outcome {
@@ -180,13 +206,15 @@ impl Session {
     }
 
     async fn heard(&mut self, message: FromAgent) -> Result<(), Over> {
+        if !self.messages.spend() {
+            return Err(Over::Lost("it sent too many messages"));
+        }
         match message {
             FromAgent::Hello(_) => Err(Over::Lost("it said hello twice")),
             FromAgent::Health(health) => {
-                let message = health.message.chars().filter(|c| !c.is_control());
-                let health =
-                    Health { ready: health.ready, message: message.take(LONGEST_HEALTH_MESSAGE / 4).collect() };
-                self.apply(Event::Health(health)).await
+                let message = health.message.chars().filter(|c| !c.is_control()).take(LONGEST_HEALTH_MESSAGE);
+                self.apply(Event::Health(Health { ready: health.ready, message: message.collect() })).await?;
+                Ok(())
             }
             FromAgent::CertificateRequest(request) => self.certificate(&request.csr).await,
             FromAgent::TokenRenewed(renewed) => self.renewed(&renewed.token).await,
@@ -198,12 +226,13 @@ impl Session {
     }
 
     async fn certificate(&mut self, csr: &[u8]) -> Result<(), Over> {
-        if self.certificates.0.elapsed() > CERTIFICATE_WINDOW {
-            self.certificates = (tokio::time::Instant::now(), 0);
-        }
-        self.certificates.1 += 1;
-        if self.certificates.1 > MOST_CERTIFICATES {
-            let message = "too many certificates were asked for; wait a minute".to_owned();
+        let refusal = match (self.certificates.spend(), csr.len() <= LONGEST_CSR) {
+            (true, true) => None,
+            (false, _) => Some("too many certificates were asked for; wait a minute"),
+            (_, false) => Some("the certificate request is larger than that of any usual key"),
+        };
+        if let Some(message) = refusal {
+            let message = message.to_owned();
             return self.send(ToAgent::CertificateRefused(pb::CertificateRefused { message })).await;
         }
         let answer = match self.authority.backend.provisioner.certificate(&self.workload, csr).await {
@@ -234,28 +263,47 @@ impl Session {
             attested: Box::new(claims.attested.clone()),
             token_expires_at: claims.expires_at,
         };
-        self.apply(event).await?;
+        let state = self.apply(event).await?;
         self.claims = claims;
-        Ok(())
-    }
-
-    async fn apply(&self, event: Event) -> Result<(), Over> {
-        match self.authority.lifecycle.apply(&self.claims.subject, event).await {
-            Ok(_) => Ok(()),
-            Err(error) => {
-                tracing::warn!(registration = %self.claims.subject, %error, "an event could not be applied to the registration");
-                Err(Over::Lost("what it said could not be recorded"))
-            }
+        // What was attested may be less than before: the policies are asked about it as it is now.
+        let now = self.authority.snapshot();
+        match self.authority.lifecycle.enforce(&self.claims.subject, &state, &now).await {
+            Ok(true) => Ok(()),
+            // The state that ended has told this session.
+            Ok(false) => Err(ended((&mut self.ended).await)),
+            Err(_) => Err(Over::Lost("what it said could not be recorded")),
         }
     }
 
-    async fn send(&self, message: ToAgent) -> Result<(), Over> {
+    async fn apply(&self, event: Event) -> Result<State, Over> {
+        self.authority.lifecycle.apply(&self.claims.subject, event).await.map_err(|error| {
+            tracing::warn!(registration = %self.claims.subject, %error, "what an agent said could not be recorded");
+            Over::Lost("what it said could not be recorded")
+        })
+    }
+
+    async fn send(&mut self, message: ToAgent) -> Result<(), Over> {
         let message = pb::PlaneMessage { message: Some(message) };
-        match tokio::time::timeout(PATIENCE, self.outgoing.send(Ok(message))).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(_)) => Err(Over::Lost("the agent closed it")),
-            Err(_) => Err(Over::Lost("the agent takes no messages")),
+        tokio::select! {
+            sent = self.outgoing.send(Ok(message)) => sent.map_err(|_| Over::Lost("the agent closed it")),
+            reason = &mut self.ended => Err(ended(reason)),
+            () = tokio::time::sleep(PATIENCE) => Err(Over::Lost("the agent takes no messages")),
         }
+    }
+}
+
+fn ended(reason: Result<EndReason, oneshot::error::RecvError>) -> Over {
+    reason.map_or(Over::Lost("it was forgotten"), Over::Ended)
+}
+
+fn label(reason: EndReason) -> &'static str {
+    match reason {
+        EndReason::Replaced => "replaced",
+        EndReason::Withdrawn => "withdrawn",
+        EndReason::PolicyUnreadable => "policy_unreadable",
+        EndReason::Deleted => "deleted",
+        EndReason::Unregistered => "unregistered",
+        EndReason::TokenExpired => "token_expired",
     }
 }
 

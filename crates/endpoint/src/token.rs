@@ -1,6 +1,7 @@
 //! Workload Onboarding Tokens as JWTs: ES256, signed by keys that are kept in the [`KeyStore`] and rotated with overlap.
 
 use crate::backend::{KeyStore, RegistryError};
+use arc_swap::ArcSwap;
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair};
 use base64::Engine;
@@ -12,21 +13,31 @@ use onboarding_core::name::{GroupName, RegistrationName};
 use onboarding_core::registration::LONGEST_TOKEN_LIFE;
 use onboarding_core::token::Claims;
 use onboarding_kinds::identity::{Case, from_json, to_json};
+use onboarding_runtime::readiness::Readiness;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
-use tokio::sync::RwLock;
+use std::time::{Duration, Instant};
+use tokio_util::sync::CancellationToken;
 
 /// How long a key signs before the next one does.
-const KEY_LIFE: Duration = Duration::from_secs(24 * 60 * 60);
+const SIGNS_FOR: Duration = Duration::from_secs(24 * 60 * 60);
+/// How much longer it signs where the next one can't be made: failing to renew isn't expiring.
+const OVERTIME: Duration = Duration::from_secs(24 * 60 * 60);
+/// How long it verifies: until the longest token that it may have signed has ended.
+const VERIFIES_FOR: Duration = SIGNS_FOR.saturating_add(OVERTIME).saturating_add(LONGEST_TOKEN_LIFE);
+const ROTATION_EVERY: Duration = Duration::from_secs(60);
 /// A token of ours is under 2 KiB.
 const LONGEST_TOKEN: usize = 16 * 1024;
+/// How often a token with an unknown key makes the store be asked: whoever can connect can send such tokens.
+const RELOAD_EVERY: Duration = Duration::from_secs(1);
+const KEYS: &str = "tokenKeys";
 
 /// Signs and verifies.
 pub(crate) struct Tokens {
     store: Arc<dyn KeyStore>,
-    ring: RwLock<Ring>,
+    ring: ArcSwap<Ring>,
+    reloaded: tokio::sync::Mutex<Option<Instant>>,
 }
 
 #[derive(Default)]
@@ -39,7 +50,7 @@ struct Ring {
 struct SigningKey {
     id: String,
     key: EncodingKey,
-    retires_at: Timestamp,
+    created_at: Timestamp,
 }
 
 /// As kept in the store.
@@ -49,6 +60,12 @@ struct StoredKey {
     /// PKCS #8, base64.
     key: String,
     created_at: Timestamp,
+}
+
+impl StoredKey {
+    fn age_is_below(&self, age: Duration, now: Timestamp) -> bool {
+        self.created_at.checked_add(age).is_ok_and(|end| now < end)
+    }
 }
 
 /// Why a token can't be signed or read.
@@ -63,19 +80,38 @@ pub(crate) enum TokenError {
 impl Tokens {
     /// Loads the keys, and makes the first.
     pub(crate) async fn open(store: Arc<dyn KeyStore>, now: Timestamp) -> Result<Self, TokenError> {
-        let tokens = Self { store, ring: RwLock::default() };
-        tokens.refresh(now).await?;
+        let tokens = Self { store, ring: ArcSwap::default(), reloaded: tokio::sync::Mutex::new(None) };
+        tokens.rotate(now).await?;
         Ok(tokens)
     }
 
-    pub(crate) async fn sign(&self, claims: &Claims) -> Result<String, TokenError> {
-        let retired = self.ring.read().await.signing.as_ref().is_none_or(|key| key.retires_at <= claims.issued_at);
-        if retired {
-            self.refresh(claims.issued_at).await?;
+    /// Makes the next key in time, until `stop`.
+    pub(crate) async fn keep_rotating(&self, readiness: &Readiness, stop: &CancellationToken) {
+        let mut turns = tokio::time::interval(ROTATION_EVERY);
+        turns.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = turns.tick() => {}
+            }
+            let now = Timestamp::now();
+            match self.rotate(now).await {
+                Ok(()) => readiness.ready(KEYS),
+                Err(error) => {
+                    tracing::error!(%error, "the next key of tokens can't be made; the one before signs on");
+                    if self.ring.load().signing_key(now).is_none() {
+                        readiness.missing(KEYS, error.to_string());
+                    }
+                }
+            }
         }
-        let ring = self.ring.read().await;
-        let signing =
-            ring.signing.as_ref().ok_or_else(|| TokenError::Unavailable("there is no signing key".to_owned()))?;
+    }
+
+    pub(crate) fn sign(&self, claims: &Claims) -> Result<String, TokenError> {
+        let ring = self.ring.load();
+        let signing = ring
+            .signing_key(claims.issued_at)
+            .ok_or_else(|| TokenError::Unavailable("there is no key that may sign".to_owned()))?;
         let header = Header { kid: Some(signing.id.clone()), ..Header::new(Algorithm::ES256) };
         encode(&header, &Wire::from(claims), &signing.key)
             .map_err(|error| TokenError::Unavailable(format!("signing: {error}")))
@@ -88,13 +124,16 @@ impl Tokens {
         }
         let header = decode_header(token).map_err(|_| TokenError::NotOurs("it is no JWT"))?;
         let kid = header.kid.ok_or(TokenError::NotOurs("it names no key"))?;
-        let mut key = self.ring.read().await.verifying.get(&kid).cloned();
-        if key.is_none() {
+        let mut ring = self.ring.load_full();
+        if !ring.verifying.contains_key(&kid) {
             // Another replica may have made it.
             self.reload().await?;
-            key = self.ring.read().await.verifying.get(&kid).cloned();
+            ring = self.ring.load_full();
         }
-        let key = key.ok_or(TokenError::NotOurs("it is signed by a key that isn't ours, or is ours no longer"))?;
+        let key = ring
+            .verifying
+            .get(&kid)
+            .ok_or(TokenError::NotOurs("it is signed by a key that isn't ours, or is ours no longer"))?;
         // The signature alone: the claims' rules are the core's.
         let mut signature_only = Validation::new(Algorithm::ES256);
         signature_only.required_spec_claims.clear();
@@ -102,36 +141,39 @@ impl Tokens {
         signature_only.validate_nbf = false;
         signature_only.validate_aud = false;
         let data =
-            decode::<Wire>(token, &key, &signature_only).map_err(|_| TokenError::NotOurs("its signature is wrong"))?;
+            decode::<Wire>(token, key, &signature_only).map_err(|_| TokenError::NotOurs("its signature is wrong"))?;
         Claims::try_from(data.claims)
     }
 
     async fn reload(&self) -> Result<(), TokenError> {
-        let (bytes, version) = self.store.load().await.map_err(unavailable)?;
-        if version != self.ring.read().await.version {
-            *self.ring.write().await = Ring::new(&parse(&bytes)?, version)?;
+        // Those who come meanwhile wait, and find what was loaded.
+        let mut reloaded = self.reloaded.lock().await;
+        if reloaded.is_some_and(|at| at.elapsed() < RELOAD_EVERY) {
+            return Ok(());
         }
+        let (bytes, version) = self.store.load().await.map_err(unavailable)?;
+        if version != self.ring.load().version {
+            self.ring.store(Arc::new(Ring::new(&parse(&bytes)?, version)?));
+        }
+        *reloaded = Some(Instant::now());
         Ok(())
     }
 
     /// A key that may sign now: the store's, or a new one beside those whose tokens may still live.
-    async fn refresh(&self, now: Timestamp) -> Result<(), TokenError> {
+    async fn rotate(&self, now: Timestamp) -> Result<(), TokenError> {
         for _ in 0..8 {
             let (bytes, version) = self.store.load().await.map_err(unavailable)?;
             let mut keys = parse(&bytes)?;
-            keys.retain(|key| {
-                key.created_at.checked_add(KEY_LIFE + LONGEST_TOKEN_LIFE).is_ok_and(|forgotten| now < forgotten)
-            });
-            let fresh = keys.iter().any(|key| key.created_at.checked_add(KEY_LIFE).is_ok_and(|end| now < end));
-            if fresh {
-                *self.ring.write().await = Ring::new(&keys, version)?;
+            keys.retain(|key| key.age_is_below(VERIFIES_FOR, now));
+            if keys.iter().any(|key| key.age_is_below(SIGNS_FOR, now)) {
+                self.ring.store(Arc::new(Ring::new(&keys, version)?));
                 return Ok(());
             }
             keys.push(StoredKey::new(now)?);
             let bytes = serde_json::to_vec(&keys).map_err(|error| TokenError::Unavailable(error.to_string()))?;
             match self.store.store(version, &bytes).await {
                 Ok(version) => {
-                    *self.ring.write().await = Ring::new(&keys, version)?;
+                    self.ring.store(Arc::new(Ring::new(&keys, version)?));
                     return Ok(());
                 }
                 Err(RegistryError::Conflict) => {}
@@ -174,13 +216,17 @@ impl Ring {
             let pkcs8 = STANDARD.decode(&stored.key).map_err(|_| damaged())?;
             let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &pkcs8).map_err(|_| damaged())?;
             ring.verifying.insert(stored.kid.clone(), DecodingKey::from_ec_der(pair.public_key().as_ref()));
-            let retires_at = stored.created_at.checked_add(KEY_LIFE).map_err(|_| damaged())?;
-            if ring.signing.as_ref().is_none_or(|newest| newest.retires_at <= retires_at) {
-                ring.signing =
-                    Some(SigningKey { id: stored.kid.clone(), key: EncodingKey::from_ec_der(&pkcs8), retires_at });
+            if ring.signing.as_ref().is_none_or(|newest| newest.created_at <= stored.created_at) {
+                let (id, key) = (stored.kid.clone(), EncodingKey::from_ec_der(&pkcs8));
+                ring.signing = Some(SigningKey { id, key, created_at: stored.created_at });
             }
         }
         Ok(ring)
+    }
+
+    fn signing_key(&self, now: Timestamp) -> Option<&SigningKey> {
+        let end = |key: &&SigningKey| key.created_at.checked_add(SIGNS_FOR + OVERTIME).is_ok_and(|end| now < end);
+        self.signing.as_ref().filter(end)
     }
 }
 

@@ -16,4 +16,4 @@ mod reader;
 mod syntax;
 pub mod war;
 
-pub use syntax::duration;
+pub use syntax::{duration, label_key, label_value};

@@ -64,7 +64,8 @@ pub(crate) fn port_name(text: &str) -> Result<String, String> {
     }
 }
 
-pub(crate) fn label_value(text: &str) -> Result<String, String> {
+/// A label's value, or what is wrong with it.
+pub fn label_value(text: &str) -> Result<String, String> {
     match is_qualified(text) || text.is_empty() {
         true => Ok(text.to_owned()),
         false => Err(format!(
@@ -74,7 +75,8 @@ pub(crate) fn label_value(text: &str) -> Result<String, String> {
     }
 }
 
-pub(crate) fn label_key(text: &str) -> Result<String, String> {
+/// A label's key, or what is wrong with it.
+pub fn label_key(text: &str) -> Result<String, String> {
     let valid = match text.split_once('/') {
         Some((prefix, name)) => is_subdomain(prefix) && is_qualified(name),
         None => is_qualified(text),

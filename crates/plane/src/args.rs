@@ -1,7 +1,9 @@
 //! The command line.
 
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use onboarding_endpoint::limits::Limits;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -53,6 +55,12 @@ pub struct Standalone {
     /// One line of JSON for each decision; `-` is standard output. Default: audit.jsonl in the data directory.
     #[arg(long, value_name = "FILE")]
     pub audit_log: Option<PathBuf>,
+    /// Connections that one address may have; behind a NAT or a gateway all agents have one address.
+    #[arg(long, value_name = "NUMBER", default_value_t = Limits::DEFAULT_CONNECTIONS_PER_ADDRESS)]
+    pub connections_per_address: usize,
+    /// Authorizations of one address in a second, after a burst of 200; an agent beyond that is told when to come again.
+    #[arg(long, value_name = "NUMBER", default_value_t = Limits::DEFAULT_AUTHORIZATIONS_PER_SECOND)]
+    pub authorizations_per_second: NonZeroU32,
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
     /// Asks STS at this URL instead of at AWS: whoever answers there decides who has which role.

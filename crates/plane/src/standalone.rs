@@ -6,13 +6,18 @@ use onboarding_attest::Attestors;
 use onboarding_endpoint::audit::Audit;
 use onboarding_endpoint::backend::Backend;
 use onboarding_endpoint::limits::Limits;
-use onboarding_runtime::{admin, logs, readiness::Readiness, shutdown};
+use onboarding_runtime::{admin, descriptors, logs, readiness::Readiness, shutdown};
 use prometheus_client::registry::Registry;
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+/// The only one on its data directory: what is on record as connected to it is so by an earlier run, whatever the host was called then.
+const REPLICA: &str = "onboarding-plane";
+/// Open files that aren't agents' connections.
+const OTHER_FILES: u64 = 128;
 
 /// Until SIGTERM or SIGINT.
 pub fn run(args: Standalone) -> anyhow::Result<()> {
@@ -46,9 +51,9 @@ async fn serve(args: Standalone) -> anyhow::Result<()> {
     let options = onboarding_endpoint::Options {
         listen: args.listen,
         admin_socket: Some(args.data_dir.join("admin.sock")),
-        replica: replica_name(),
+        replica: REPLICA.to_owned(),
         grace: args.grace_period,
-        limits: Limits::default(),
+        limits: limits(&args),
         audit: audit(args.audit_log.unwrap_or_else(|| args.data_dir.join("audit.jsonl")).as_path())?,
     };
     let backend = Backend { config, registry, provisioner, keys };
@@ -101,13 +106,23 @@ fn audit(file: &Path) -> anyhow::Result<Audit> {
             .with_context(|| format!("opening the audit log {}", file.display()))?;
         Box::new(file)
     };
-    Ok(Audit::new(sink))
+    Audit::new(sink).context("starting the audit log")
 }
 
-fn replica_name() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/hostname")
-        .map(|name| name.trim().to_owned())
-        .ok()
-        .filter(|name| !name.is_empty())
-        .unwrap_or_else(|| "onboarding-plane".to_owned())
+/// As many connections as the process may have files.
+fn limits(args: &Standalone) -> Limits {
+    let mut limits = Limits {
+        connections_per_address: args.connections_per_address,
+        authorizations_per_second: args.authorizations_per_second,
+        ..Limits::default()
+    };
+    match descriptors::raise_limit() {
+        Ok(files) => {
+            let most = usize::try_from(files.saturating_sub(OTHER_FILES)).unwrap_or(usize::MAX);
+            limits.connections = limits.connections.min(most.max(1));
+        }
+        Err(error) => tracing::warn!(%error, "the limit of open files can't be raised"),
+    }
+    tracing::info!(connections = limits.connections, "agents that can be connected at a time");
+    limits
 }

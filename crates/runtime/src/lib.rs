@@ -4,6 +4,7 @@
 
 pub mod admin;
 pub mod backoff;
+pub mod descriptors;
 pub mod logs;
 pub mod readiness;
 pub mod shutdown;

@@ -1,0 +1,147 @@
+//! The endpoint's certificate: from the Secret that the ControlPlane names, replaced while connections go on.
+
+use crate::backend::{ConfigSource, Snapshot, TlsMaterial};
+use anyhow::Context;
+use arc_swap::ArcSwapOption;
+use jiff::Timestamp;
+use onboarding_runtime::readiness::Readiness;
+use prometheus_client::metrics::gauge::Gauge;
+use rustls::client::verify_server_name;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::server::{ClientHello, NoServerSessionStorage, ParsedCertificate, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
+use std::sync::Arc;
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+
+const CERTIFICATE: &str = "certificate";
+
+/// The certificate of the newest Secret that could be used.
+#[derive(Debug)]
+pub(crate) struct Certificates {
+    current: ArcSwapOption<CertifiedKey>,
+    /// What is wrong with a newer one.
+    fault: ArcSwapOption<String>,
+    expiry: Gauge,
+}
+
+impl ResolvesServerCert for Certificates {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        self.current.load_full()
+    }
+}
+
+impl Certificates {
+    pub(crate) fn new(expiry: Gauge) -> Self {
+        Self { current: ArcSwapOption::empty(), fault: ArcSwapOption::empty(), expiry }
+    }
+
+    /// Why the certificate in use is not the configured one.
+    pub(crate) fn fault(&self) -> Option<String> {
+        self.fault.load().as_deref().cloned()
+    }
+
+    /// Follows the configuration until `stop`. A certificate that can't be used changes nothing but the readiness.
+    pub(crate) async fn follow(&self, config: &dyn ConfigSource, readiness: &Readiness, stop: &CancellationToken) {
+        let mut snapshots = config.watch();
+        let mut last = None;
+        loop {
+            let snapshot = snapshots.borrow_and_update().clone();
+            let newest = Some((snapshot.tls.clone(), snapshot.plane.as_ref().map(|plane| plane.hosts.clone())));
+            if newest != last {
+                self.take(&snapshot, readiness);
+                last = newest;
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                changed = snapshots.changed() => if changed.is_err() { return },
+            }
+        }
+    }
+
+    /// Also called once before the listener opens, so that the first connection finds a certificate.
+    pub(crate) fn take(&self, snapshot: &Snapshot, readiness: &Readiness) {
+        let hosts = snapshot.plane.as_ref().map(|plane| plane.hosts.as_slice()).unwrap_or_default();
+        let fault = match snapshot.tls.as_deref().map(|material| Certificate::read(material, hosts)) {
+            Some(Ok(certificate)) => {
+                let changed = self.current.load().as_deref().is_none_or(|held| held.cert != certificate.key.cert);
+                if changed {
+                    tracing::info!(not_after = %certificate.not_after, "the endpoint's certificate was taken from its Secret");
+                }
+                self.current.store(Some(Arc::new(certificate.key)));
+                self.expiry.set(certificate.not_after.as_second());
+                let advice = certificate.advice;
+                if let Some(advice) = &advice {
+                    tracing::warn!(advice, "agents will not accept the endpoint's certificate");
+                }
+                self.fault.store(advice.map(Arc::new));
+                readiness.ready(CERTIFICATE);
+                return;
+            }
+            Some(Err(error)) => format!("the certificate of the Secret can't be used: {error:#}"),
+            None => "there is no Secret of type kubernetes.io/tls with the name in spec.meshExpansion.onboarding.endpoint.secretName".to_owned(),
+        };
+        if self.current.load().is_none() {
+            readiness.missing(CERTIFICATE, fault.clone());
+        }
+        tracing::error!(fault, "the endpoint has no new certificate; one that it had stays in use");
+        self.fault.store(Some(Arc::new(fault)));
+    }
+}
+
+/// A certificate that can be served.
+struct Certificate {
+    key: CertifiedKey,
+    not_after: Timestamp,
+    /// Why agents will not accept it all the same.
+    advice: Option<String>,
+}
+
+impl Certificate {
+    fn read(material: &TlsMaterial, hosts: &[String]) -> anyhow::Result<Self> {
+        let key = certified_key(material)?;
+        let leaf = key.end_entity_cert().context("tls.crt has no certificate")?;
+        let not_after = {
+            let (_, parsed) = x509_parser::parse_x509_certificate(leaf).context("tls.crt is no X.509 certificate")?;
+            Timestamp::from_second(parsed.validity().not_after.timestamp()).unwrap_or(Timestamp::MAX)
+        };
+        let parsed = ParsedCertificate::try_from(leaf).context("tls.crt is no certificate of a server")?;
+        let lacks = |host: &&String| {
+            ServerName::try_from(host.as_str()).map_or(true, |name| verify_server_name(&parsed, &name).is_err())
+        };
+        let advice = match hosts.iter().find(lacks) {
+            _ if not_after <= Timestamp::now() => Some(format!("it expired at {not_after}; renew the Secret")),
+            Some(host) => Some(format!(
+                "it is not for {host}, which is among spec.meshExpansion.onboarding.endpoint.hosts; renew the Secret with that name in it"
+            )),
+            None => None,
+        };
+        Ok(Self { not_after, advice, key })
+    }
+}
+
+fn certified_key(material: &TlsMaterial) -> anyhow::Result<CertifiedKey> {
+    let chain = CertificateDer::pem_slice_iter(material.certificate_chain.as_bytes())
+        .collect::<Result<Vec<_>, _>>()
+        .context("tls.crt is no chain of PEM certificates")?;
+    let key =
+        PrivateKeyDer::from_pem_slice(material.private_key.as_bytes()).context("tls.key is no PEM private key")?;
+    let provider = rustls::crypto::aws_lc_rs::default_provider();
+    CertifiedKey::from_der(chain, key, &provider)
+        .context("tls.key does not belong to tls.crt, or is of an unknown kind")
+}
+
+/// TLS 1.2 or later. Nothing is resumed: each connection begins with the certificate of its time.
+pub(crate) fn acceptor(certificates: Arc<Certificates>) -> anyhow::Result<TlsAcceptor> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])
+        .context("TLS can't be set up")?
+        .with_no_client_auth()
+        .with_cert_resolver(certificates);
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    Ok(TlsAcceptor::from(Arc::new(config)))
+}

@@ -1,0 +1,250 @@
+//! How sessions end, and what the way in does while they live.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test states what must be true")]
+#![allow(dead_code, reason = "the support is shared by several tests")]
+
+mod support;
+
+use onboarding_core::registration::{Connection, DisconnectReason, State};
+use onboarding_endpoint::limits::Limits;
+use onboarding_wire::onboarding as pb;
+use pb::session_end::Reason;
+use std::time::Duration;
+use support::*;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpStream, UnixStream};
+use tonic::Code;
+
+#[tokio::test]
+async fn a_policy_that_is_withdrawn_ends_the_session_and_the_registration() {
+    let plane = Plane::start().await;
+    let mut agent = plane.agent().await;
+    let mut session = agent.join(&plane.jwt("vm7", "ratings")).await.unwrap();
+    plane.withdraw_policies();
+    let end = session.end().await;
+    assert_eq!(end.reason(), Reason::Withdrawn);
+    assert!(end.message.contains("Not authorized by OnboardingPolicy"), "{}", end.message);
+    until(&plane, "ended", |all| matches!(all[0].1.state, State::Ended(_))).await;
+    assert_refused(agent.register().await, Code::PermissionDenied, "Not authorized by OnboardingPolicy");
+    assert_refused(agent.session().await.map(|_| ()), Code::PermissionDenied, "Not authorized by OnboardingPolicy");
+}
+
+#[tokio::test]
+async fn a_group_that_is_gone_ends_the_registration() {
+    let plane = Plane::start().await;
+    let mut agent = plane.agent().await;
+    let mut session = agent.join(&plane.jwt("vm7", "ratings")).await.unwrap();
+    plane.change(|snapshot| snapshot.groups.clear());
+    assert_eq!(session.end().await.reason(), Reason::Withdrawn);
+}
+
+#[tokio::test]
+async fn a_policy_that_can_not_be_read_ends_the_session_and_leaves_the_entry() {
+    let plane = Plane::start().await;
+    let mut agent = plane.agent().await;
+    let mut session = agent.join(&plane.jwt("vm7", "ratings")).await.unwrap();
+    plane.change(|snapshot| {
+        snapshot.policies = Default::default();
+        snapshot.policy_unreadable = true;
+    });
+    assert_eq!(session.end().await.reason(), Reason::PolicyUnreadable);
+    until(&plane, "suspended", |all| {
+        matches!(&all[0].1.state, State::Live(live) if matches!(live.connection, Connection::Disconnected { reason: DisconnectReason::PolicyUnreadable, .. }))
+    })
+    .await;
+    let refused = agent.session().await.map(|_| ());
+    assert_refused(refused, Code::PermissionDenied, "a policy can't be read");
+}
+
+#[tokio::test]
+async fn a_newer_session_takes_over() {
+    let plane = Plane::start().await;
+    let mut agent = plane.agent().await;
+    let mut first = agent.join(&plane.jwt("vm7", "ratings")).await.unwrap();
+    let mut second = agent.session().await.unwrap();
+    assert_eq!(first.end().await.reason(), Reason::Replaced);
+    second.boot().await;
+}
+
+#[tokio::test]
+async fn a_lost_connection_is_known_at_once_and_the_lease_ends_it() {
+    let plane = Plane::start_with(Duration::from_secs(2), Limits::default()).await;
+    let mut agent = plane.agent().await;
+    let session = agent.join(&plane.jwt("vm7", "ratings")).await.unwrap();
+    drop(session);
+    drop(agent);
+    until(&plane, "disconnected", |all| {
+        matches!(&all[0].1.state, State::Live(live) if matches!(live.connection, Connection::Disconnected { reason: DisconnectReason::ConnectionLost, .. }))
+    })
+    .await;
+    until(&plane, "reaped", |all| matches!(all[0].1.state, State::Ended(_))).await;
+}
+
+#[tokio::test]
+async fn a_token_that_is_not_renewed_ends_the_session_and_a_renewed_one_does_not() {
+    let plane = Plane::start().await;
+    plane.change(|snapshot| {
+        let mut settings = snapshot.plane.as_deref().unwrap().clone();
+        settings.token_life = Duration::from_secs(2);
+        snapshot.plane = Some(std::sync::Arc::new(settings));
+    });
+    let mut agent = plane.agent().await;
+    let mut session = agent.join(&plane.jwt("vm7", "ratings")).await.unwrap();
+    plane.change(|snapshot| {
+        let mut settings = snapshot.plane.as_deref().unwrap().clone();
+        settings.token_life = Duration::from_secs(4);
+        snapshot.plane = Some(std::sync::Arc::new(settings));
+    });
+    let renewed = agent.authorize(&plane.jwt("vm7", "ratings")).await.unwrap();
+    let token = renewed.token;
+    session.say(pb::agent_message::Message::TokenRenewed(pb::TokenRenewed { token })).await;
+    let expires = renewed.expires_at.unwrap().seconds;
+    assert_eq!(session.end().await.reason(), Reason::TokenExpired);
+    let now = jiff::Timestamp::now().as_second();
+    assert!(now >= expires, "the session ended at {now}, its renewed token at {expires}");
+    assert_refused(agent.register().await, Code::Unauthenticated, "expired");
+}
+
+#[tokio::test]
+async fn a_session_begins_with_hello() {
+    let plane = Plane::start().await;
+    let mut agent = plane.agent().await;
+    agent.authorize(&plane.jwt("vm7", "ratings")).await.unwrap();
+    agent.register().await.unwrap();
+    let health = pb::Health { ready: true, message: String::new() };
+    let first = pb::AgentMessage { message: Some(pb::agent_message::Message::Health(health)) };
+    let outcome = pb::session_service_client::SessionServiceClient::new(agent.channel.clone())
+        .session(agent.bearer(tokio_stream::iter([first])))
+        .await;
+    assert_refused(outcome.map(|_| ()), Code::InvalidArgument, "first message of a session is hello");
+}
+
+#[tokio::test]
+async fn health_reaches_the_registration() {
+    let plane = Plane::start().await;
+    let mut agent = plane.agent().await;
+    let session = agent.join(&plane.jwt("vm7", "ratings")).await.unwrap();
+    let health = pb::Health { ready: false, message: "503\nfrom /ready".to_owned() };
+    session.say(pb::agent_message::Message::Health(health)).await;
+    until(&plane, "not ready", |all| {
+        matches!(&all[0].1.state, State::Live(live) if !live.health.ready && live.health.message == "503from /ready")
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_stopping_plane_says_so() {
+    let plane = Plane::start().await;
+    let mut agent = plane.agent().await;
+    let mut session = agent.join(&plane.jwt("vm7", "ratings")).await.unwrap();
+    let registry = plane.registry.clone();
+    let stopped = tokio::spawn(plane.stop());
+    assert_eq!(session.end().await.reason(), Reason::PlaneStopping);
+    drop((session, agent));
+    stopped.await.unwrap();
+    let all = onboarding_endpoint::backend::Registry::list(registry.as_ref()).await.unwrap();
+    assert!(matches!(&all[0].1.state, State::Live(live) if matches!(live.connection, Connection::Disconnected { .. })));
+}
+
+#[tokio::test]
+async fn a_new_certificate_is_served_without_dropping_a_connection() {
+    let plane = Plane::start().await;
+    let mut agent = plane.agent().await;
+    let mut session = agent.join(&plane.jwt("vm7", "ratings")).await.unwrap();
+    session.boot().await;
+    let before = plane.served_certificate().await;
+    plane.renew_certificate();
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+    while plane.served_certificate().await == before {
+        assert!(tokio::time::Instant::now() < deadline, "the old certificate is still served");
+    }
+    // The connection of before goes on.
+    agent.authorize(&plane.jwt("vm7", "ratings")).await.unwrap();
+
+    // One that can't be used changes nothing.
+    let now = plane.served_certificate().await;
+    plane.change(|snapshot| {
+        snapshot.tls = Some(std::sync::Arc::new(onboarding_endpoint::backend::TlsMaterial {
+            certificate_chain: "nonsense".to_owned(),
+            private_key: "nonsense".to_owned(),
+        }));
+    });
+    agent.discover().await;
+    assert_eq!(plane.served_certificate().await, now);
+}
+
+#[tokio::test]
+async fn plain_text_is_not_served() {
+    let plane = Plane::start().await;
+    let mut stream = TcpStream::connect(plane.address).await.unwrap();
+    stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    let read = tokio::time::timeout(Duration::from_secs(5), stream.read_to_end(&mut answer)).await;
+    let _ = read.expect("the connection should be closed");
+    // At most a TLS alert (content type 21).
+    assert!(answer.is_empty() || answer[0] == 21, "{answer:?}");
+}
+
+#[tokio::test]
+async fn a_connection_that_proves_nothing_is_closed() {
+    let limits = Limits { time_to_prove: Duration::from_millis(100), ..Limits::default() };
+    let plane = Plane::start_with(Duration::from_secs(300), limits).await;
+    let silent = TcpStream::connect(plane.address).await.unwrap();
+    let agent = plane.agent().await;
+    agent.discover().await;
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+    loop {
+        let text = {
+            let mut text = String::new();
+            prometheus_client::encoding::text::encode(&mut text, &plane.metrics.lock().unwrap()).unwrap();
+            text
+        };
+        if text.contains("reason=\"nothing_proven\"} 1") {
+            break;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "{text}");
+        tokio::task::yield_now().await;
+    }
+    drop(silent);
+}
+
+async fn ask(plane: &Plane, request: &str) -> (u16, serde_json::Value) {
+    let mut socket = UnixStream::connect(plane.directory.path().join("admin.sock")).await.unwrap();
+    let request = format!("{request} HTTP/1.1\r\nHost: plane\r\nConnection: close\r\n\r\n");
+    socket.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).await.unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.split(' ').nth(1).unwrap().parse().unwrap(), serde_json::from_str(body).unwrap())
+}
+
+#[tokio::test]
+async fn an_operator_lists_and_deletes() {
+    use std::os::unix::fs::PermissionsExt;
+    let plane = Plane::start().await;
+    let mode = std::fs::metadata(plane.directory.path().join("admin.sock")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+
+    let name = "bookinfo/ratings-jwt-my-corp--vm7";
+    let (code, body) = ask(&plane, &format!("DELETE /v1/workloads/{name}")).await;
+    assert_eq!(
+        (code, body["message"].as_str().unwrap()),
+        (404, format!("there is no registration {name}, and no key is remembered for it").as_str())
+    );
+
+    let mut agent = plane.agent().await;
+    let mut session = agent.join(&plane.jwt("vm7", "ratings")).await.unwrap();
+    let (_, listed) = ask(&plane, "GET /v1/workloads").await;
+    assert_eq!(listed["items"][0]["metadata"]["name"], "ratings-jwt-my-corp--vm7");
+    assert_eq!(listed["items"][0]["status"]["activeAgentConnection"]["connectedTo"], "plane-0");
+    assert_eq!(listed["items"][0]["status"]["admitted"], true);
+    let (_, status) = ask(&plane, "GET /v1/status").await;
+    assert_eq!((status["sessions"].as_u64(), status["uid"].as_str()), (Some(1), Some(UID)));
+
+    let (code, body) = ask(&plane, &format!("DELETE /v1/workloads/{name}")).await;
+    assert_eq!((code, &body), (200, &serde_json::json!({"deleted": true, "keyForgotten": true})));
+    assert_eq!(session.end().await.reason(), Reason::Deleted);
+    // The token of before is worthless; a new key may come.
+    assert_refused(agent.register().await, Code::Unauthenticated, "issued before the registration ended");
+    let mut rebuilt = plane.agent().await;
+    rebuilt.join(&plane.jwt("vm7", "ratings")).await.unwrap();
+}
