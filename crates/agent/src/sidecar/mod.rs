@@ -1,9 +1,25 @@
 //! The sidecar as the agent's child: its files, its certificates by SDS, its life.
+//!
+//! `supervisor` is the one task that owns Envoy and its files; [`Sidecar`] is the handle to it. Nothing here knows the plane.
+
+mod admin;
+mod bootstrap;
+mod files;
+mod process;
+mod sds;
+mod supervisor;
+#[cfg(test)]
+mod tests;
 
 use crate::boot::HeldBoot;
-use std::path::PathBuf;
+use anyhow::Context;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tokio::sync::mpsc;
+use supervisor::{Command, Supervisor};
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 /// How a sidecar is run.
 #[derive(Debug, Clone)]
@@ -54,42 +70,72 @@ pub struct Identity {
 }
 
 /// A running sidecar. Dropping it kills the child.
-pub struct Sidecar {}
+pub struct Sidecar {
+    commands: mpsc::Sender<Command>,
+    /// Cancelled when the sidecar shall leave: whatever the supervisor waits for is not worth waiting for any more.
+    leaving: CancellationToken,
+    sds: sds::Server,
+    task: AbortOnDropHandle<()>,
+}
 
 impl Sidecar {
     /// Starts the SDS server, writes the bootstrap and the first configuration, starts Envoy and supervises it.
+    ///
+    /// Returns when Envoy's process is there; that it is live comes as an event. Fails where a file can't be written or opened, or the
+    /// binary can't be started.
     pub async fn start(
         options: Options,
         boot: &HeldBoot,
         identity: Identity,
         events: mpsc::Sender<Event>,
     ) -> anyhow::Result<Self> {
-        let _ = (options, boot, identity, events);
-        unimplemented!()
+        make_private(&options.directory)?;
+        let sds = sds::Server::start(&options.directory, bootstrap::SDS_SOCKET, identity)?;
+        let leaving = CancellationToken::new();
+        let (commands, receiver) = mpsc::channel(16);
+        let supervisor = Supervisor::start(options, boot.clone(), receiver, leaving.clone(), sds.refused(), events)?;
+        let task = AbortOnDropHandle::new(tokio::spawn(supervisor.run()));
+        Ok(Self { commands, leaving, sds, task })
     }
 
-    /// Hands over a new configuration; whether Envoy took it comes as an event.
+    /// Hands over a new configuration; whether Envoy took it comes as an event. Fails where a file can't be written: then the last
+    /// configuration stays.
     pub async fn apply(&self, boot: &HeldBoot) -> anyhow::Result<()> {
-        let _ = boot;
-        unimplemented!()
+        let (written, answer) = oneshot::channel();
+        let command = Command::Apply { boot: Box::new(boot.clone()), written };
+        self.commands.send(command).await.ok().context("handing a configuration to a sidecar that has ended")?;
+        answer.await.context("handing a configuration to a sidecar that ends")?
     }
 
     /// New certificate or roots, without a restart.
     pub async fn rotate(&self, identity: Identity) {
-        let _ = identity;
-        unimplemented!()
+        self.sds.rotate(identity);
     }
 
     /// Asks Envoy to fail its health checks and drain its listeners gracefully (`/drain_listeners?graceful`), and waits until no
     /// request is in flight or the deadline passes.
     pub async fn drain(&self, deadline: Duration) {
-        let _ = deadline;
-        unimplemented!()
+        self.leaving.cancel();
+        let (done, answer) = oneshot::channel();
+        if self.commands.send(Command::Drain { deadline, done }).await.is_ok() {
+            let _ = answer.await;
+        }
     }
 
     /// SIGTERM, then SIGKILL at the deadline; returns when it is gone.
     pub async fn stop(self, deadline: Duration) {
-        let _ = deadline;
-        unimplemented!()
+        self.leaving.cancel();
+        let _ = self.commands.send(Command::Stop { deadline }).await;
+        let _ = self.task.await;
     }
+}
+
+/// The socket in it serves a private key.
+fn make_private(directory: &Path) -> anyhow::Result<()> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .and_then(|()| std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o700)))
+        .with_context(|| format!("making the sidecar's directory {}", directory.display()))
 }

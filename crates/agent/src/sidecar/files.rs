@@ -1,0 +1,274 @@
+//! Envoy's configuration as files: which differ, in which order they are handed over, and how one is replaced.
+//!
+//! Envoy watches each file's own path and reads it again when another is renamed over it (tried with Envoy 1.40 for LDS, CDS, EDS and
+//! RDS). The order makes before it breaks: what is referred to is there, and accepted, before what refers to it; what nothing refers
+//! to any more goes last.
+
+use crate::boot::{HeldBoot, XdsType};
+use anyhow::Context;
+use onboarding_wire::onboarding as pb;
+use onboarding_wire::xds;
+use serde::Deserialize;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+type Resources = BTreeMap<(XdsType, String), Vec<u8>>;
+
+/// Files that are handed over together, and what tells that Envoy took them. The next step waits for that.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Step {
+    /// In this order; relative to Envoy's working directory.
+    pub writes: Vec<(String, Vec<u8>)>,
+    /// Which subscriptions come to which version.
+    pub expected: Vec<(Subscription, String)>,
+    /// After Envoy took it.
+    pub removes: Vec<String>,
+}
+
+/// One of Envoy's subscriptions, by the names in its statistics.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Subscription {
+    Listeners,
+    Clusters,
+    /// `cluster.<this>.`
+    Endpoints(String),
+    /// `http.<any>.rds.<this>.`
+    Routes(String),
+}
+
+impl Step {
+    fn expect(&mut self, subscriptions: Vec<Subscription>, version: &str) {
+        self.expected.extend(subscriptions.into_iter().map(|subscription| (subscription, version.to_owned())));
+    }
+}
+
+/// From nothing, in one step: for an Envoy that isn't running yet.
+pub(super) fn whole(to: &HeldBoot) -> Step {
+    let mut step = Step::default();
+    for kind in [XdsType::Endpoint, XdsType::Route] {
+        for (name, resource) in of_type(&to.resources, kind) {
+            step.writes.extend(own_file(kind, name, &to.version, resource));
+        }
+    }
+    step.writes.push((xds::CLUSTERS.to_owned(), shared_file(&to.version, of_type(&to.resources, XdsType::Cluster))));
+    step.writes.push((xds::LISTENERS.to_owned(), shared_file(&to.version, of_type(&to.resources, XdsType::Listener))));
+    let mut expected = vec![Subscription::Clusters, Subscription::Listeners];
+    expected.extend(endpoint_subscriptions(&to.resources, |_| true));
+    expected.extend(route_subscriptions(&to.resources, |_| true));
+    step.expect(expected, &to.version);
+    step
+}
+
+/// Everything anew, in one step: where nobody knows what Envoy has of `from`.
+pub(super) fn rewrite(from: &HeldBoot, to: &HeldBoot) -> Step {
+    let mut step = whole(to);
+    for kind in [XdsType::Endpoint, XdsType::Route] {
+        let gone =
+            of_type(&from.resources, kind).filter(|(name, _)| !to.resources.contains_key(&(kind, (*name).to_owned())));
+        step.removes.extend(gone.filter_map(|(name, _)| xds::file(wire(kind), name)));
+    }
+    step
+}
+
+/// From what a running Envoy has to what it shall have; nothing where nothing changes.
+pub(super) fn steps(from: &HeldBoot, to: &HeldBoot) -> Vec<Step> {
+    let version = &to.version;
+    let changed = |kind| {
+        of_type(&to.resources, kind)
+            .filter(|(name, resource)| from.resources.get(&(kind, (*name).to_owned())) != Some(*resource))
+            .map(|(name, _)| name)
+            .collect::<BTreeSet<&str>>()
+    };
+    let gone = |kind| {
+        of_type(&from.resources, kind)
+            .map(|(name, _)| name)
+            .filter(|name| !to.resources.contains_key(&(kind, (*name).to_owned())))
+            .collect::<BTreeSet<&str>>()
+    };
+
+    // What is new or different and referred to: endpoints, clusters, files of routes that no listener has yet.
+    let mut first = Step::default();
+    let endpoints = changed(XdsType::Endpoint);
+    let (new_routes, old_routes): (BTreeSet<&str>, BTreeSet<&str>) = changed(XdsType::Route)
+        .into_iter()
+        .partition(|name| !from.resources.contains_key(&(XdsType::Route, (*name).to_owned())));
+    let (clusters, clusters_gone) = (changed(XdsType::Cluster), gone(XdsType::Cluster));
+    for (kind, names) in [(XdsType::Endpoint, &endpoints), (XdsType::Route, &new_routes)] {
+        for name in names {
+            if let Some(resource) = to.resources.get(&(kind, (*name).to_owned())) {
+                first.writes.extend(own_file(kind, name, version, resource));
+            }
+        }
+    }
+    first.expect(endpoint_subscriptions(&to.resources, |name| endpoints.contains(name)), version);
+    if !clusters.is_empty() {
+        let kept = of_type(&from.resources, XdsType::Cluster).filter(|(name, _)| clusters_gone.contains(name));
+        // Told from the last step's file by its version.
+        let version = if clusters_gone.is_empty() { version.clone() } else { format!("{version}~") };
+        let all = of_type(&to.resources, XdsType::Cluster).chain(kept);
+        first.writes.push((xds::CLUSTERS.to_owned(), shared_file(&version, all)));
+        first.expect(vec![Subscription::Clusters], &version);
+    }
+
+    // What refers to it.
+    let mut second = Step::default();
+    for name in &old_routes {
+        if let Some(resource) = to.resources.get(&(XdsType::Route, (*name).to_owned())) {
+            second.writes.extend(own_file(XdsType::Route, name, version, resource));
+        }
+    }
+    let listeners_change = !changed(XdsType::Listener).is_empty() || !gone(XdsType::Listener).is_empty();
+    if listeners_change {
+        let all = of_type(&to.resources, XdsType::Listener);
+        second.writes.push((xds::LISTENERS.to_owned(), shared_file(version, all)));
+        second.expect(vec![Subscription::Listeners], version);
+    }
+    let routes = route_subscriptions(&to.resources, |name| {
+        old_routes.contains(name) || (listeners_change && new_routes.contains(name))
+    });
+    second.expect(routes, version);
+
+    // What nothing refers to any more.
+    let mut third = Step::default();
+    if !clusters_gone.is_empty() {
+        let all = of_type(&to.resources, XdsType::Cluster);
+        third.writes.push((xds::CLUSTERS.to_owned(), shared_file(version, all)));
+        third.expect(vec![Subscription::Clusters], version);
+    }
+    for kind in [XdsType::Endpoint, XdsType::Route] {
+        third.removes.extend(gone(kind).into_iter().filter_map(|name| xds::file(wire(kind), name)));
+    }
+    let mut steps = vec![first, second, third];
+    steps.retain(|step| !step.writes.is_empty() || !step.removes.is_empty());
+    steps
+}
+
+/// Writes beside it and renames over it. Nothing is synced: after a crash of the machine everything is written anew.
+pub(super) fn write(directory: &Path, name: &str, bytes: &[u8]) -> anyhow::Result<()> {
+    let path = directory.join(name);
+    let mut part = path.as_os_str().to_owned();
+    part.push(".part");
+    let done = std::fs::write(&part, bytes).and_then(|()| std::fs::rename(&part, &path));
+    if done.is_err() {
+        // Half a file on a full disk only keeps it full.
+        let _ = std::fs::remove_file(&part);
+    }
+    done.with_context(|| format!("writing the sidecar's configuration {}", path.display()))
+}
+
+/// Removes what is gone; that nothing is there is what was wanted.
+pub(super) fn remove(directory: &Path, names: &[String]) {
+    for name in names {
+        let _ = std::fs::remove_file(directory.join(name));
+    }
+}
+
+/// Makes the directories, and empties those with a file per resource, so that nothing of an earlier run is taken for this one's.
+pub(super) fn prepare(directory: &Path) -> anyhow::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    let mut builder = std::fs::DirBuilder::new();
+    builder.recursive(true).mode(0o700);
+    for name in ["xds/eds", "xds/rds"] {
+        let path = directory.join(name);
+        if path.exists() {
+            std::fs::remove_dir_all(&path).with_context(|| format!("emptying {}", path.display()))?;
+        }
+        builder.create(&path).with_context(|| format!("making the sidecar's directory {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn of_type(resources: &Resources, kind: XdsType) -> impl Iterator<Item = (&str, &Vec<u8>)> {
+    resources.iter().filter(move |((of, _), _)| *of == kind).map(|((_, name), resource)| (name.as_str(), resource))
+}
+
+fn wire(kind: XdsType) -> pb::XdsType {
+    match kind {
+        XdsType::Listener => pb::XdsType::Listener,
+        XdsType::Cluster => pb::XdsType::Cluster,
+        XdsType::Endpoint => pb::XdsType::Endpoint,
+        XdsType::Route => pb::XdsType::Route,
+    }
+}
+
+fn own_file(kind: XdsType, name: &str, version: &str, resource: &Vec<u8>) -> Option<(String, Vec<u8>)> {
+    Some((xds::file(wire(kind), name)?, shared_file(version, std::iter::once((name, resource)))))
+}
+
+/// A DiscoveryResponse. The resources are JSON objects already ([`HeldBoot::apply`] made sure).
+fn shared_file<'a>(version: &str, resources: impl Iterator<Item = (&'a str, &'a Vec<u8>)>) -> Vec<u8> {
+    let mut bytes = format!("{{\"version_info\":{},\"resources\":[", serde_json::Value::from(version)).into_bytes();
+    for (index, (_, resource)) in resources.enumerate() {
+        if index > 0 {
+            bytes.push(b',');
+        }
+        bytes.extend_from_slice(resource);
+    }
+    bytes.extend_from_slice(b"]}\n");
+    bytes
+}
+
+#[derive(Deserialize)]
+struct Cluster {
+    name: String,
+    #[serde(alias = "altStatName")]
+    alt_stat_name: Option<String>,
+    #[serde(alias = "edsClusterConfig")]
+    eds_cluster_config: Option<EdsClusterConfig>,
+}
+
+#[derive(Deserialize)]
+struct EdsClusterConfig {
+    #[serde(alias = "serviceName")]
+    service_name: Option<String>,
+}
+
+/// The subscriptions of the clusters that take one of these endpoint resources.
+fn endpoint_subscriptions(resources: &Resources, of: impl Fn(&str) -> bool) -> Vec<Subscription> {
+    of_type(resources, XdsType::Cluster)
+        .filter_map(|(_, json)| serde_json::from_slice::<Cluster>(json).ok())
+        .filter_map(|cluster| {
+            let service = cluster.eds_cluster_config?.service_name.filter(|name| !name.is_empty());
+            let service = service.as_ref().unwrap_or(&cluster.name);
+            let known = resources.contains_key(&(XdsType::Endpoint, service.clone()));
+            let stat = cluster.alt_stat_name.filter(|name| !name.is_empty()).unwrap_or_else(|| cluster.name.clone());
+            (known && of(service)).then(|| Subscription::Endpoints(stat_name(&stat)))
+        })
+        .collect()
+}
+
+/// The subscriptions of the listeners that take one of these routes.
+fn route_subscriptions(resources: &Resources, of: impl Fn(&str) -> bool) -> Vec<Subscription> {
+    let mut names = BTreeSet::new();
+    for (_, json) in of_type(resources, XdsType::Listener) {
+        if let Ok(listener) = serde_json::from_slice(json) {
+            collect_routes(&listener, &mut names);
+        }
+    }
+    names.retain(|name| of(name) && resources.contains_key(&(XdsType::Route, name.clone())));
+    names.iter().map(|name| Subscription::Routes(stat_name(name))).collect()
+}
+
+/// Every `rds.route_config_name`, however deep; serde_json bounds the depth.
+fn collect_routes(value: &serde_json::Value, names: &mut BTreeSet<String>) {
+    match value {
+        serde_json::Value::Object(map) => {
+            for (key, value) in map {
+                if key == "rds"
+                    && let Some(name) = ["route_config_name", "routeConfigName"].iter().find_map(|key| value.get(key))
+                    && let Some(name) = name.as_str()
+                {
+                    names.insert(name.to_owned());
+                }
+                collect_routes(value, names);
+            }
+        }
+        serde_json::Value::Array(values) => values.iter().for_each(|value| collect_routes(value, names)),
+        _ => {}
+    }
+}
+
+/// A name as Envoy's statistics have it (Envoy's `Stats::Utility::sanitizeStatsName`).
+fn stat_name(name: &str) -> String {
+    name.replace("://", "_").replace(":/", "_").replace([':', '\0'], "_")
+}

@@ -1,0 +1,307 @@
+//! Envoy as a child process: how it is started, what becomes of its output, and that no earlier one is left.
+
+use super::{Options, bootstrap};
+use anyhow::Context;
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncRead, AsyncWriteExt, BufReader};
+use tokio::process::{Child, Command};
+use tokio::task::JoinHandle;
+
+/// What of a line is kept.
+const LONGEST_LINE: usize = 8 * 1024;
+/// What of Envoy's words travels to the plane.
+const LONGEST_WORDS: usize = 2 * 1024;
+/// Refusals and errors that are remembered.
+const REMEMBERED: usize = 8;
+const PID_FILE: &str = "envoy.pid";
+
+/// Envoy, in a process group of its own so that a terminal's Ctrl-C reaches only the agent. Dropping it kills it.
+pub(super) struct Process {
+    child: Child,
+    words: Words,
+    readers: Vec<JoinHandle<()>>,
+    pid_file: PathBuf,
+}
+
+/// What Envoy said on standard error that is worth repeating.
+#[derive(Clone, Default)]
+pub(super) struct Words(Arc<Mutex<Said>>);
+
+#[derive(Default)]
+struct Said {
+    refusals: VecDeque<String>,
+    last_error: Option<String>,
+}
+
+impl Process {
+    /// Kills what an earlier agent left behind, and starts Envoy.
+    pub(super) fn start(options: &Options) -> anyhow::Result<Self> {
+        let pid_file = options.directory.join(PID_FILE);
+        end_leftover(&pid_file, options);
+        let words = Words::default();
+        let stdout = Output::open(&options.stdout)?;
+        let stderr = Output::open(&options.stderr)?;
+        let mut command = Command::new(&options.binary);
+        command
+            .args(bootstrap::arguments())
+            .current_dir(&options.directory)
+            .process_group(0)
+            .kill_on_drop(true)
+            .stdin(Stdio::null())
+            .stdout(stdout.stdio()?)
+            // Always read: Envoy says nowhere else why it refused clusters, endpoints and routes.
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().with_context(|| {
+            format!("starting the sidecar {}; is the package that has it installed?", options.binary.display())
+        })?;
+        let mut readers = Vec::new();
+        if let Some(pipe) = child.stdout.take() {
+            readers.push(tokio::spawn(copy(pipe, stdout, Words::default())));
+        }
+        if let Some(pipe) = child.stderr.take() {
+            readers.push(tokio::spawn(copy(pipe, stderr, words.clone())));
+        }
+        if let Some(pid) = child.id()
+            && let Some(started) = start_time(pid)
+            && let Err(error) = std::fs::write(&pid_file, format!("{pid} {started}\n"))
+        {
+            tracing::warn!(%error, "can't note the sidecar's process; it would outlive an agent that is killed");
+        }
+        Ok(Self { child, words, readers, pid_file })
+    }
+
+    pub(super) fn words(&self) -> &Words {
+        &self.words
+    }
+
+    /// `None` while it runs.
+    pub(super) fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+
+    pub(super) async fn wait(&mut self) -> std::io::Result<ExitStatus> {
+        self.child.wait().await
+    }
+
+    /// How it ended, with its last error: to be asked after [`Process::wait`].
+    pub(super) async fn epitaph(&mut self, status: ExitStatus) -> String {
+        // The pipe ends with the process; should something else hold it, its words so far will do.
+        for reader in &mut self.readers {
+            let _ = tokio::time::timeout(Duration::from_millis(500), reader).await;
+        }
+        self.readers.clear();
+        match self.words.last_error() {
+            Some(error) => format!("{status}: {error}"),
+            None => status.to_string(),
+        }
+    }
+
+    /// SIGTERM, then SIGKILL at the deadline; returns when it is gone.
+    pub(super) async fn stop(mut self, deadline: Duration) {
+        if let Some(pid) = self.child.id().and_then(|pid| i32::try_from(pid).ok()) {
+            // Until it is waited for, its id belongs to no other process.
+            let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+        }
+        if tokio::time::timeout(deadline, self.child.wait()).await.is_err() {
+            tracing::warn!(?deadline, "the sidecar ignores SIGTERM; killing it");
+            let _ = self.child.kill().await;
+        }
+        let _ = std::fs::remove_file(&self.pid_file);
+    }
+}
+
+impl Words {
+    /// Forgets the refusals that were said before.
+    pub(super) fn clear(&self) {
+        self.lock().refusals.clear();
+    }
+
+    /// What was refused since then.
+    pub(super) fn refusals(&self) -> Option<String> {
+        let said = self.lock();
+        (!said.refusals.is_empty()).then(|| said.refusals.iter().map(String::as_str).collect::<Vec<_>>().join("; "))
+    }
+
+    fn last_error(&self) -> Option<String> {
+        self.lock().last_error.clone()
+    }
+
+    fn hear(&self, line: &Line<'_>) {
+        const REFUSED: &str = "Filesystem config update rejected: ";
+        const UNREADABLE: &str = "Filesystem config update failure: ";
+        let refusal = line.text.strip_prefix(REFUSED).or_else(|| line.text.strip_prefix(UNREADABLE));
+        let mut said = self.lock();
+        if let Some(refusal) = refusal {
+            if said.refusals.len() == REMEMBERED {
+                said.refusals.pop_front();
+            }
+            said.refusals.push_back(cut(refusal.trim_end_matches("\\n")));
+        }
+        if matches!(line.level, "error" | "critical") {
+            said.last_error = Some(cut(line.text));
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Said> {
+        // Strings are whole whatever panicked while they were held.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn cut(text: &str) -> String {
+    text.chars().take(LONGEST_WORDS).collect()
+}
+
+/// A line in the format that `bootstrap::arguments` asks for; anything else is text at level `info`.
+struct Line<'a> {
+    level: &'a str,
+    text: &'a str,
+}
+
+impl<'a> Line<'a> {
+    fn parse(line: &'a str) -> Self {
+        let parsed = || {
+            let (_time, rest) = line.strip_prefix('[')?.split_once("][")?;
+            let (level, rest) = rest.split_once("][")?;
+            let (_logger, text) = rest.split_once("] ")?;
+            Some(Line { level, text })
+        };
+        parsed().unwrap_or(Line { level: "info", text: line })
+    }
+
+    fn log(&self) {
+        match self.level {
+            "critical" | "error" => tracing::error!(sidecar = "envoy", text = self.text, "the sidecar says"),
+            "warning" => tracing::warn!(sidecar = "envoy", text = self.text, "the sidecar says"),
+            "debug" | "trace" => tracing::debug!(sidecar = "envoy", text = self.text, "the sidecar says"),
+            _ => tracing::info!(sidecar = "envoy", text = self.text, "the sidecar says"),
+        }
+    }
+}
+
+/// Where a stream of Envoy's goes.
+enum Output {
+    /// The agent's own log: `/dev/stdout` and `/dev/stderr` are whatever the agent's are, and its lines must not be torn by Envoy's.
+    Log,
+    File(std::fs::File),
+}
+
+impl Output {
+    fn open(path: &Path) -> anyhow::Result<Self> {
+        if path == Path::new("/dev/stdout") || path == Path::new("/dev/stderr") {
+            return Ok(Self::Log);
+        }
+        let file = std::fs::File::options().create(true).append(true).open(path);
+        Ok(Self::File(file.with_context(|| format!("opening the sidecar's output file {}", path.display()))?))
+    }
+
+    fn stdio(&self) -> anyhow::Result<Stdio> {
+        Ok(match self {
+            Self::Log => Stdio::piped(),
+            Self::File(file) => file.try_clone().context("handing the sidecar its output file")?.into(),
+        })
+    }
+}
+
+/// Until the pipe ends.
+async fn copy(pipe: impl AsyncRead + Unpin, output: Output, words: Words) {
+    let mut file = match output {
+        Output::Log => None,
+        Output::File(file) => Some(tokio::fs::File::from_std(file)),
+    };
+    let mut pipe = BufReader::new(pipe);
+    let mut bytes = Vec::new();
+    while let Ok(true) = read_line(&mut pipe, &mut bytes).await {
+        let text = String::from_utf8_lossy(&bytes);
+        let line = Line::parse(&text);
+        words.hear(&line);
+        match &mut file {
+            None => line.log(),
+            Some(file) => {
+                bytes.push(b'\n');
+                // A full disk costs lines, not the sidecar.
+                let _ = file.write_all(&bytes).await;
+                let _ = file.flush().await;
+            }
+        }
+    }
+}
+
+/// One line without its end; what is longer than [`LONGEST_LINE`] is dropped. False at the end of the stream.
+async fn read_line(from: &mut (impl AsyncBufRead + Unpin), line: &mut Vec<u8>) -> std::io::Result<bool> {
+    line.clear();
+    let mut any = false;
+    loop {
+        let buffer = from.fill_buf().await?;
+        if buffer.is_empty() {
+            return Ok(any);
+        }
+        any = true;
+        let end = buffer.iter().position(|byte| *byte == b'\n');
+        let part = &buffer[..end.unwrap_or(buffer.len())];
+        line.extend_from_slice(&part[..part.len().min(LONGEST_LINE - line.len())]);
+        let used = end.map_or(buffer.len(), |end| end + 1);
+        from.consume(used);
+        if end.is_some() {
+            return Ok(true);
+        }
+    }
+}
+
+/// Ends the Envoy of an earlier agent that was killed: it holds the listeners' ports. Never another process: the noted one must have
+/// started at the noted time, run this binary, and work in this directory.
+fn end_leftover(pid_file: &Path, options: &Options) {
+    let Ok(text) = std::fs::read_to_string(pid_file) else { return };
+    let _ = std::fs::remove_file(pid_file);
+    let mut parts = text.split_whitespace();
+    let (Some(pid), Some(started)) = (parts.next().and_then(|pid| pid.parse().ok()), parts.next()) else { return };
+    if !is_ours(pid, started, options) {
+        return;
+    }
+    let Ok(raw) = i32::try_from(pid) else { return };
+    tracing::warn!(pid, "killing the sidecar of an earlier agent");
+    if let Err(error) = kill(Pid::from_raw(raw), Signal::SIGKILL)
+        && error != Errno::ESRCH
+    {
+        tracing::warn!(pid, %error, "can't kill the sidecar of an earlier agent");
+        return;
+    }
+    // SIGKILL takes effect when the kernel comes to it; the listeners' ports are free after that.
+    for _ in 0..400 {
+        if !is_ours(pid, started, options) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    tracing::warn!(pid, "the sidecar of an earlier agent doesn't end");
+}
+
+fn is_ours(pid: u32, started: &str, options: &Options) -> bool {
+    let link = |name: &str| std::fs::read_link(format!("/proc/{pid}/{name}")).ok();
+    let binary = options.binary.canonicalize().ok();
+    let runs = link("exe").map(|path| {
+        // So the kernel names a binary that a package's update has replaced.
+        let path = path.to_string_lossy().into_owned();
+        PathBuf::from(path.strip_suffix(" (deleted)").unwrap_or(&path))
+    });
+    let directory = options.directory.canonicalize().ok();
+    start_time(pid).as_deref() == Some(started)
+        && binary.is_some()
+        && runs == binary
+        && directory.is_some()
+        && link("cwd") == directory
+}
+
+/// In clock ticks since the machine's start (proc(5), field 22 of `stat`).
+fn start_time(pid: u32) -> Option<String> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The command, in parentheses, may have any bytes in it.
+    Some(stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.to_owned())
+}
