@@ -356,7 +356,7 @@ fn what_the_plane_says_of_now_is_what_a_plan_is_compared_with() {
     said([false.into(), false.into()]);
     dir.run(&PLAN).is(0).says("nothing changes for 2.");
     said(["yes".into(), true.into()]);
-    dir.run(&PLAN).is(1).is_silent().complains(&format!("bookinfo/{EC2}: status.admitted is no boolean"));
+    dir.run(&PLAN).is(1).silent().complains(&format!("bookinfo/{EC2}: status.admitted is no boolean"));
 }
 
 #[test]
