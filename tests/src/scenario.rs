@@ -25,9 +25,9 @@ pub fn run(setup: Setup, scenarios: &'static [Scenario]) -> ExitCode {
             Trial::test(*name, move || {
                 let mut world = world.lock().unwrap_or_else(PoisonError::into_inner);
                 match world.get_or_insert_with(|| World::start(&lab, setup)) {
-                    Ok(world) => {
-                        scenario(world).map_err(|error| Failed::from(format!("{error:#}\n{}", world.report())))
-                    }
+                    Ok(world) => scenario(world)
+                        .and_then(|()| world.no_panics())
+                        .map_err(|error| Failed::from(format!("{error:#}\n{}", world.report()))),
                     Err(error) => Err(Failed::from(format!("there is no world: {error:#}"))),
                 }
             })

@@ -7,7 +7,7 @@ use anyhow::{Context, ensure};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use onboarding_testkit::netns::{Lab, Machine};
-use onboarding_testkit::process::{self, Mark, Process};
+use onboarding_testkit::process::{self, Process};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -291,18 +291,33 @@ impl World {
         self.pair = Some(pair);
     }
 
-    /// For the message of a failed scenario: what the plane said last.
-    pub fn report(&self) -> String {
-        let mut report = String::new();
-        for process in self.plane.iter().chain(&self.services) {
-            report.push_str(&format!("  last lines of {}:\n{}", process.name(), process.tail()));
+    /// No product has panicked: a scenario that passed in spite of one would hide it.
+    pub fn no_panics(&self) -> anyhow::Result<()> {
+        for log in self.logs() {
+            let text = std::fs::read_to_string(&log).unwrap_or_default();
+            let line = text.lines().find(|line| line.contains("panicked at"));
+            ensure!(line.is_none(), "{}: {}", log.display(), line.unwrap_or_default());
         }
-        report
+        Ok(())
     }
 
-    /// Where the plane's output is now.
-    pub fn plane_mark(&self) -> Mark {
-        self.plane.as_ref().map(Process::mark).unwrap_or_default()
+    /// Of the plane and of every agent that there was; not all need exist.
+    fn logs(&self) -> Vec<PathBuf> {
+        let machines = std::fs::read_dir(self.lab.directory().join("machines")).into_iter().flatten().flatten();
+        let agents = machines.map(|machine| machine.path().join("agent.log"));
+        agents.chain([self.lab.directory().join("plane.log")]).collect()
+    }
+
+    /// For the message of a failed scenario: what everybody said last, VMs that are gone included.
+    pub fn report(&self) -> String {
+        let mut report = String::new();
+        for log in self.logs() {
+            let Ok(text) = std::fs::read_to_string(&log) else { continue };
+            let lines: Vec<_> = text.lines().collect();
+            let last = &lines[lines.len().saturating_sub(40)..];
+            report.push_str(&format!("  last lines of {}:\n    {}\n", log.display(), last.join("\n    ")));
+        }
+        report
     }
 }
 

@@ -23,8 +23,6 @@ fn full_disk(world: &mut World) -> anyhow::Result<()> {
 
     let mut late = world.vm("late", 13, "productpage", Evidence::jwt("late"))?;
     late.start_agent()?;
-    let mark = world.plane_mark();
-    let _ = mark;
     late.agent()?.wait_for_line(Duration::from_secs(15), |line| line.contains("registry"))?;
     ensure!(world.connected(&late.registration()).is_err(), "it was registered on a full disk");
     always("traffic flows", Duration::from_secs(1), || pair.productpage.call("ratings.bookinfo:8080").map(drop))?;

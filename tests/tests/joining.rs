@@ -79,7 +79,10 @@ fn refused_then_admitted(world: &mut World) -> anyhow::Result<()> {
         "it is registered"
     );
     let whole = world.manifest("ratings.yaml")?;
-    world.write_manifest("ratings.yaml", &whole.replace("- ratings-role #", "- details-role #"))?;
+    world.write_manifest(
+        "ratings.yaml",
+        &whole.replace("- ratings-role #", "- details-role\n          - ratings-role #"),
+    )?;
     let joined = vm.wait_live(Duration::from_secs(40));
     world.write_manifest("ratings.yaml", &whole)?;
     joined
@@ -132,8 +135,6 @@ fn broken_then_mended(world: &mut World) -> anyhow::Result<()> {
     })();
     world.write_manifest("ratings.yaml", &whole)?;
     broken?;
-    let mark = pair.ratings.agent()?.mark();
-    let _ = mark;
     until("the agent is connected again", Duration::from_secs(40), || world.connected(&pair.ratings.registration()))?;
     pair.wait_reachable()?;
     world.keep(pair);

@@ -85,15 +85,10 @@ fn tell(story: &mut Story, world: &mut World, vms: &mut Vec<Vm>) -> anyhow::Resu
     vm2.start_agent()?;
     let joined = |vm: &Vm| vm.wait_live(Duration::from_secs(20)).map(|()| started.elapsed().as_millis());
     let took = joined(&vm1)?;
-    story.tell(format!(
-        "VM 1 joined as {}: AWS vouched for account 123456789012, zone us-east-2b and IAM role ratings-role. Sidecar LIVE after {took} ms.",
-        vm1.registration()
-    ));
+    story.tell(format!("VM 1, an EC2 instance, joined: {}. Sidecar LIVE after {took} ms.", proven(world, &vm1)?));
     let took = joined(&vm2)?;
-    story.tell(format!(
-        "VM 2 joined as {}: the issuer https://mycompany.corp vouched for its subject. Sidecar LIVE after {took} ms.",
-        vm2.registration()
-    ));
+    story
+        .tell(format!("VM 2, on premises with a JWT, joined: {}. Sidecar LIVE after {took} ms.", proven(world, &vm2)?));
     vms.push(vm1);
     vms.push(vm2);
     let [vm1, vm2] = vms.as_mut_slice() else { unreachable!() };
@@ -137,7 +132,7 @@ fn tell(story: &mut Story, world: &mut World, vms: &mut Vec<Vm>) -> anyhow::Resu
     let refusal = vm3.agent()?.wait_for_line(Duration::from_secs(10), |line| {
         line.contains("Not authorized by OnboardingPolicy") && line.contains("details-role")
     })?;
-    story.tell(format!("VM 3 has another IAM role and is refused. Its log: {}", refusal.trim()));
+    story.tell(format!("VM 3 has another IAM role and is refused. Its log: {}", because(&refusal)));
     vm3.stop_agent()?;
     drop(vm3);
 
@@ -152,7 +147,7 @@ fn tell(story: &mut Story, world: &mut World, vms: &mut Vec<Vm>) -> anyhow::Resu
     story.tell(format!(
         "The policy was withdrawn: VM 1's session ended after {} ms. Its log: {}",
         took.as_millis(),
-        ended.trim()
+        because(&ended)
     ));
 
     world.write_manifest("ratings.yaml", &whole)?;
@@ -188,11 +183,42 @@ fn tell(story: &mut Story, world: &mut World, vms: &mut Vec<Vm>) -> anyhow::Resu
     let took = vm4.stop_agent()?;
     let outcome = load.stop()?;
     ensure!(outcome.failed == 0, "{} of {} requests failed: {:?}", outcome.failed, outcome.sent, outcome.failures);
+    let answered: Vec<_> = outcome.answered_by.iter().map(|(who, count)| format!("{who} answered {count}")).collect();
     story.tell(format!(
-        "VM 4's agent was stopped under load ({} ms: unregistered, waited, drained): {} requests sent meanwhile, {} failed; {:?}.",
-        took.as_millis(), outcome.sent, outcome.failed, outcome.answered_by
+        "VM 4's agent was stopped under load ({} ms: unregistered, waited, drained): {} requests were sent meanwhile, {} failed; {}.",
+        took.as_millis(),
+        outcome.sent,
+        outcome.failed,
+        answered.join(", ")
     ));
     Ok(())
+}
+
+/// What the plane holds of a VM: the registration's name, and the identity that was proven, fact by fact.
+fn proven(world: &World, vm: &Vm) -> anyhow::Result<String> {
+    fn facts(path: &str, value: &serde_json::Value, into: &mut Vec<String>) {
+        match value.as_object() {
+            Some(members) => members.iter().for_each(|(name, value)| facts(&format!("{path}.{name}"), value, into)),
+            None => {
+                let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                into.push(format!("{}={text}", path.trim_start_matches('.')));
+            }
+        }
+    }
+    let wars = world.registrations()?;
+    let war = wars.iter().find(|war| war["metadata"]["name"] == vm.registration().as_str());
+    let war = war.with_context(|| format!("{} isn't registered: {wars:?}", vm.registration()))?;
+    let mut all = Vec::new();
+    facts("", &war["spec"]["identity"], &mut all);
+    Ok(format!("{} (proven: {})", vm.registration(), all.join(", ")))
+}
+
+/// The reason in an agent's log line, without its time and the rest.
+fn because(line: &str) -> String {
+    let reason =
+        line.split_once("why=\"").map_or(line, |(_, rest)| rest.rsplit_once("\" ").map_or(rest, |(why, _)| why));
+    let reason = reason.split_once(" WARN ").map_or(reason, |(_, rest)| rest);
+    reason.replace("\\\"", "\"").trim().to_owned()
 }
 
 fn count(vm: &Vm) -> anyhow::Result<u64> {
