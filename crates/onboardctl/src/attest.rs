@@ -49,6 +49,8 @@ pub struct Attest {
 
 impl Attest {
     pub fn run(&self) -> anyhow::Result<Outcome> {
+        let others = [&self.jwt_issuers, &self.aws_certificates, &self.extra_roots];
+        manifests::stdin_once(others.into_iter().flatten().chain([&self.evidence]))?;
         let text = manifests::read_file(&self.evidence)?;
         let read = |path: &Option<PathBuf>| path.as_deref().map(manifests::read_file).transpose();
         let attestors = Attestors::new(Options {

@@ -2,7 +2,7 @@
 
 use crate::manifests::{self, Admission};
 use crate::outcome::{Format, Outcome, json};
-use anyhow::{anyhow, ensure};
+use anyhow::anyhow;
 use onboarding_core::group::WorkloadGroup;
 use onboarding_core::identity::Identity;
 use onboarding_core::name::{self, GroupName, NameError, is_resource_name};
@@ -43,8 +43,7 @@ const REFUSED: u8 = 2;
 
 impl Explain {
     pub fn run(&self) -> anyhow::Result<Outcome> {
-        let stdin = self.paths.iter().chain([&self.identity]).filter(|path| path.as_os_str() == "-").count();
-        ensure!(stdin < 2, "standard input can be read once; only one of the files may be -");
+        manifests::stdin_once(self.paths.iter().chain([&self.identity]))?;
         let loaded = manifests::load(&self.paths);
         loaded.all_read()?;
         if let Some(fault) = loaded.unintelligible().next() {

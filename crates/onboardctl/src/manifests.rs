@@ -99,7 +99,9 @@ impl Walk {
             path.extension().is_some_and(|extension| matches!(extension.to_str(), Some("yaml" | "yml" | "json")));
         match fs::metadata(path) {
             Ok(found) if found.is_dir() => self.directory(path, depth + 1),
-            Ok(_) if is_manifest => self.file(path),
+            Ok(found) if is_manifest && found.is_file() => self.file(path),
+            // Opening a pipe would wait for its writer.
+            Ok(_) if is_manifest => self.unread(path, &io::Error::other("isn't a regular file")),
             Err(error) if is_manifest => self.unread(path, &error),
             Ok(_) | Err(_) => {}
         }
@@ -158,6 +160,13 @@ pub fn read_file(path: &Path) -> anyhow::Result<String> {
     let bytes = if path == Path::new("-") { bounded(io::stdin().lock()) } else { File::open(path).and_then(bounded) };
     let text = bytes.and_then(|bytes| String::from_utf8(bytes).map_err(|_| io::Error::other("isn't UTF-8 text")));
     text.map_err(|error| anyhow::Error::new(error).context(format!("reading {}", path.display())))
+}
+
+/// Of all the files of a command line only one may be standard input, which can be read once.
+pub fn stdin_once<'a>(files: impl Iterator<Item = &'a PathBuf>) -> anyhow::Result<()> {
+    let count = files.filter(|path| path.as_os_str() == "-").count();
+    anyhow::ensure!(count < 2, "standard input can be read once; only one of the files may be -");
+    Ok(())
 }
 
 /// Who may join what, as the plane would make it of these manifests.

@@ -44,8 +44,7 @@ const WOULD_CHANGE: u8 = 3;
 
 impl Plan {
     pub fn run(&self) -> anyhow::Result<Outcome> {
-        let stdin = self.paths.iter().chain(&self.workloads).filter(|path| path.as_os_str() == "-").count();
-        ensure!(stdin < 2, "standard input can be read once; only one of the files may be -");
+        manifests::stdin_once(self.paths.iter().chain(&self.workloads))?;
         let loaded = manifests::load(&self.paths);
         loaded.all_read()?;
         if let Some(fault) = loaded.faults.first() {

@@ -46,6 +46,9 @@ fn say(status: &Value, ready: bool) -> String {
     fact("Hosts", texts(status, "hosts").join(", "));
     fact("Sessions", texts(status, "sessions").join(""));
     fact("Configuration", texts(status, "generation").iter().map(|it| format!("generation {it}")).collect());
+    if status.get("policyUnreadable").and_then(Value::as_bool).unwrap_or(false) {
+        out.push_str("A policy can't be read: sessions are suspended, and entries end with the grace period.\n");
+    }
     let faults = texts(status, "faults");
     if !faults.is_empty() {
         let _ = writeln!(out, "Faults of the configuration:");

@@ -103,6 +103,9 @@ fn what_can_not_be_read_is_said_beside_the_faults() {
     assert_eq!(lines(&ended.stdout).len(), 1, "{ended:?}");
     let ended = ended.complains("onboardctl: reading missing: No such file or directory");
     ended.complains("onboardctl: reading ./dangling.yaml: No such file or directory");
+    dir.write("pipes/bad.yaml", BAD);
+    assert!(std::process::Command::new("mkfifo").arg(dir.path("pipes/pipe.yaml")).status().unwrap().success());
+    dir.run(&["lint", "pipes"]).is(1).says("pipes/bad.yaml:6").complains("pipes/pipe.yaml: isn't a regular file");
     std::fs::create_dir(dir.path("empty")).unwrap();
     dir.run(&["lint", "empty"]).is(0).silent().complains("warning: empty: no *.yaml, *.yml or *.json in it");
 }

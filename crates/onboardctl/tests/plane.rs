@@ -196,11 +196,14 @@ fn a_plane_says_whether_it_is_ready() {
     );
     status["ready"] = false.into();
     status["missing"] = json!(["the certificate"]);
+    status["policyUnreadable"] = true.into();
     status["faults"] = json!(["policy.yaml:6: \u{1b}[2J"]);
     plane.answers("GET /v1/status", 200, &status);
     let ended =
         dir.run(&["status", "--data-dir", "."]).is(1).says("The plane is not ready.\n  missing: the certificate\n");
-    ended.says("Faults of the configuration:\n  policy.yaml:6: \\u{1b}[2J\n");
+    ended
+        .says("A policy can't be read: sessions are suspended")
+        .says("Faults of the configuration:\n  policy.yaml:6: \\u{1b}[2J\n");
     assert_eq!(dir.run(&["status", "--data-dir", ".", "-o", "json"]).is(1).json(), status);
 }
 

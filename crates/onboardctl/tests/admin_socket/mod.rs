@@ -1,4 +1,5 @@
 //! A plane's admin socket as far as a client sees it: HTTP on a Unix socket, with answers that a test gives.
+#![allow(dead_code, reason = "each test file uses its part")]
 
 use crate::tool::Dir;
 use std::collections::HashMap;
