@@ -3,7 +3,6 @@
 //! `UPDATE_DOCUMENTS=1` writes into the page what they said.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
-#[allow(dead_code, reason = "what was asked is of no interest here")]
 mod admin_socket;
 mod tool;
 
