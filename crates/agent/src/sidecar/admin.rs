@@ -208,3 +208,49 @@ fn leaf_of(stat: Option<&str>, name: &str) -> bool {
     let leaf = stat.and_then(|stat| stat.strip_prefix(name)).and_then(|rest| rest.strip_prefix('.'));
     leaf.is_some_and(|leaf| !leaf.contains('.'))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stats(list: serde_json::Value) -> Stats {
+        Stats::read(serde_json::json!({ "stats": list }).to_string().as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn a_subscription_owns_its_own_statistics_only() {
+        let stats = stats(serde_json::json!([
+            {"name": "cluster.a|80.version_text", "value": "1"},
+            {"name": "cluster.a|80.b.version_text", "value": "2"},
+            {"name": "cluster.a|80.b.update_rejected", "value": 3},
+            {"name": "http.in.rds.r.version_text", "value": "4"},
+            {"name": "http.in.rds.x.rds.r.update_failure", "value": 5},
+            {"name": "listener_manager.lds.update_rejected", "value": 6},
+            {"histograms": {}},
+        ]));
+        let endpoints = |name: &str| Subscription::Endpoints(name.to_owned());
+        assert!(stats.has_version(&endpoints("a|80"), "1") && !stats.has_version(&endpoints("a|80"), "2"));
+        assert!(stats.has_version(&endpoints("a|80.b"), "2") && !stats.has_version(&endpoints("a"), "1"));
+        assert_eq!(stats.refusals(&endpoints("a|80")), 0);
+        assert_eq!(stats.refusals(&endpoints("a|80.b")), 3);
+        assert!(stats.has_version(&Subscription::Routes("r".into()), "4"));
+        assert_eq!(stats.refusals(&Subscription::Listeners), 6);
+        assert_eq!(stats.refusals(&Subscription::Clusters), 0);
+    }
+
+    #[test]
+    fn in_flight_is_requests_and_connections_without_requests_but_not_our_own() {
+        let stats = stats(serde_json::json!([
+            {"name": "http.admin.downstream_rq_active", "value": 1},
+            {"name": "http.in.downstream_rq_active", "value": 2},
+            {"name": "http.in.downstream_cx_active", "value": 3},
+            {"name": "http.in.downstream_rq_total", "value": 10},
+            {"name": "listener.admin.downstream_cx_active", "value": 1},
+            {"name": "listener.10.0.0.1_8080.downstream_cx_active", "value": 3},
+            {"name": "listener.10.0.0.1_8080.worker_0.downstream_cx_active", "value": 3},
+            {"name": "listener.10.0.0.1_9000.downstream_cx_active", "value": 4},
+            {"name": "listener.10.0.0.1_9000.downstream_cx_total", "value": 5},
+        ]));
+        assert_eq!(stats.in_flight(), InFlight { active: 6, connections: 7, total: 15 });
+    }
+}

@@ -272,3 +272,99 @@ fn collect_routes(value: &serde_json::Value, names: &mut BTreeSet<String>) {
 fn stat_name(name: &str) -> String {
     name.replace("://", "_").replace(":/", "_").replace([':', '\0'], "_")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn boot(version: &str, resources: &[(XdsType, &str, &str)]) -> HeldBoot {
+        let resources =
+            resources.iter().map(|(kind, name, json)| ((*kind, (*name).to_owned()), json.as_bytes().to_vec()));
+        HeldBoot { version: version.into(), resources: resources.collect(), ..HeldBoot::default() }
+    }
+
+    const L: XdsType = XdsType::Listener;
+    const C: XdsType = XdsType::Cluster;
+    const E: XdsType = XdsType::Endpoint;
+    const R: XdsType = XdsType::Route;
+    const LISTENER: &str = r#"{"name":"l","chains":[{"hcm":{"rds":{"routeConfigName":"r:1"}}}]}"#;
+    const CLUSTER: &str = r#"{"name":"a://b","edsClusterConfig":{"serviceName":"e"}}"#;
+
+    fn first() -> HeldBoot {
+        boot("1", &[(L, "l", LISTENER), (C, "a://b", CLUSTER), (E, "e", "{}"), (R, "r:1", "{}"), (R, "unused", "{}")])
+    }
+
+    fn names(step: &Step) -> Vec<&str> {
+        step.writes.iter().map(|(name, _)| name.split_once('-').map_or(name.as_str(), |(name, _)| name)).collect()
+    }
+
+    fn at(version: &str, subscription: Subscription) -> (Subscription, String) {
+        (subscription, version.to_owned())
+    }
+
+    #[test]
+    fn at_first_everything_is_written_and_what_is_referred_to_is_expected() {
+        let step = whole(&first());
+        assert_eq!(names(&step), ["xds/eds/e", "xds/rds/r_1", "xds/rds/unused", "xds/cds.json", "xds/lds.json"]);
+        let expected = [
+            Subscription::Clusters,
+            Subscription::Listeners,
+            Subscription::Endpoints("a_b".into()),
+            Subscription::Routes("r_1".into()),
+        ];
+        assert_eq!(step.expected, expected.map(|subscription| at("1", subscription)));
+        let file: serde_json::Value = serde_json::from_slice(&step.writes[4].1).unwrap();
+        assert_eq!(file["version_info"], "1");
+        assert_eq!(file["resources"][0]["name"], "l");
+    }
+
+    #[test]
+    fn nothing_changed_is_no_step() {
+        assert_eq!(steps(&first(), &HeldBoot { version: "2".into(), ..first() }), []);
+    }
+
+    #[test]
+    fn makes_before_it_breaks() {
+        let to = boot(
+            "2",
+            &[(L, "l", LISTENER), (C, "c", r#"{"name":"c"}"#), (R, "r:1", r#"{"to":"c"}"#), (R, "new", "{}")],
+        );
+        let steps = steps(&first(), &to);
+        assert_eq!(steps.len(), 3);
+        // The new cluster beside the old one, and no route to it yet.
+        assert_eq!(names(&steps[0]), ["xds/rds/new", "xds/cds.json"]);
+        let clusters = String::from_utf8(steps[0].writes[1].1.clone()).unwrap();
+        assert!(clusters.contains(r#""c""#) && clusters.contains("a://b"), "{clusters}");
+        assert_eq!(steps[0].expected, [at("2~", Subscription::Clusters)]);
+        assert_eq!(names(&steps[1]), ["xds/rds/r_1"]);
+        assert_eq!(steps[1].expected, [at("2", Subscription::Routes("r_1".into()))]);
+        assert!(steps[1].removes.is_empty());
+        // Nothing goes before nothing refers to it.
+        let clusters = String::from_utf8(steps[2].writes[0].1.clone()).unwrap();
+        assert!(!clusters.contains("a://b"), "{clusters}");
+        assert_eq!(steps[2].expected, [at("2", Subscription::Clusters)]);
+        assert_eq!(steps[2].removes.len(), 2);
+        assert!(steps[2].removes[0].starts_with("xds/eds/e-") && steps[2].removes[1].starts_with("xds/rds/unused-"));
+    }
+
+    #[test]
+    fn only_what_changed_is_written() {
+        let mut to = HeldBoot { version: "2".into(), ..first() };
+        to.resources.insert((E, "e".into()), b"{\"n\":1}".to_vec());
+        let steps = steps(&first(), &to);
+        assert_eq!(steps.iter().map(names).collect::<Vec<_>>(), [["xds/eds/e"]]);
+        assert_eq!(steps[0].expected, [at("2", Subscription::Endpoints("a_b".into()))]);
+    }
+
+    #[test]
+    fn a_file_is_whole_or_the_old_one() {
+        let directory = tempfile::tempdir().unwrap();
+        prepare(directory.path()).unwrap();
+        write(directory.path(), "xds/lds.json", b"old").unwrap();
+        // A directory in the way of the temporary file, as a full disk is.
+        std::fs::create_dir(directory.path().join("xds/lds.json.part")).unwrap();
+        let error = write(directory.path(), "xds/lds.json", b"new").unwrap_err();
+        assert!(format!("{error:#}").contains("xds/lds.json"), "{error:#}");
+        assert_eq!(std::fs::read(directory.path().join("xds/lds.json")).unwrap(), b"old");
+    }
+}

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncRead, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
@@ -20,6 +20,7 @@ const LONGEST_LINE: usize = 8 * 1024;
 const LONGEST_WORDS: usize = 2 * 1024;
 /// Refusals and errors that are remembered.
 const REMEMBERED: usize = 8;
+const FRESH: Duration = Duration::from_secs(5);
 const PID_FILE: &str = "envoy.pid";
 
 /// Envoy, in a process group of its own so that a terminal's Ctrl-C reaches only the agent. Dropping it kills it.
@@ -37,7 +38,7 @@ pub(super) struct Words(Arc<Mutex<Said>>);
 #[derive(Default)]
 struct Said {
     refusals: VecDeque<String>,
-    last_error: Option<String>,
+    last_error: Option<(Instant, String)>,
 }
 
 impl Process {
@@ -129,8 +130,10 @@ impl Words {
         (!said.refusals.is_empty()).then(|| said.refusals.iter().map(String::as_str).collect::<Vec<_>>().join("; "))
     }
 
+    /// What may have been its end; an error of an hour ago wasn't.
     fn last_error(&self) -> Option<String> {
-        self.lock().last_error.clone()
+        let said = self.lock();
+        said.last_error.as_ref().filter(|(at, _)| at.elapsed() < FRESH).map(|(_, error)| error.clone())
     }
 
     fn hear(&self, line: &Line<'_>) {
@@ -145,7 +148,7 @@ impl Words {
             said.refusals.push_back(cut(refusal.trim_end_matches("\\n")));
         }
         if matches!(line.level, "error" | "critical") {
-            said.last_error = Some(cut(line.text));
+            said.last_error = Some((Instant::now(), cut(line.text)));
         }
     }
 
@@ -273,7 +276,8 @@ fn end_leftover(pid_file: &Path, options: &Options) {
         tracing::warn!(pid, %error, "can't kill the sidecar of an earlier agent");
         return;
     }
-    // SIGKILL takes effect when the kernel comes to it; the listeners' ports are free after that.
+    // SIGKILL takes effect when the kernel comes to it, and the listeners' ports are free after that. That is milliseconds; the agent
+    // has nothing else to do before its sidecar starts.
     for _ in 0..400 {
         if !is_ours(pid, started, options) {
             return;
@@ -304,4 +308,43 @@ fn start_time(pid: u32) -> Option<String> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The command, in parentheses, may have any bytes in it.
     Some(stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn lines_are_bounded_and_none_is_lost() {
+        let long = "x".repeat(100_000);
+        let text = format!("one\n\n{long}\nlast");
+        let mut from = BufReader::with_capacity(7, text.as_bytes());
+        let (mut line, mut lines) = (Vec::new(), Vec::new());
+        while read_line(&mut from, &mut line).await.unwrap() {
+            lines.push(String::from_utf8(line.clone()).unwrap());
+        }
+        assert_eq!(lines, ["one", "", &long[..LONGEST_LINE], "last"]);
+    }
+
+    #[test]
+    fn a_refusal_is_remembered_and_other_lines_are_text() {
+        let words = Words::default();
+        let hear = |line: &str| words.hear(&Line::parse(line));
+        hear("[2026-11-24 12:57:44.339][warning][config] Filesystem config update rejected: Error adding [l1]: no\\n");
+        hear("[2026-11-24 12:57:44.339][warning][config] something else");
+        hear("Filesystem config update rejected: by somebody else's format");
+        assert_eq!(words.refusals().unwrap(), "Error adding [l1]: no; by somebody else's format");
+        assert_eq!(words.last_error(), None);
+        hear("[2026-11-24 12:57:44.339][critical][main] error initializing: no");
+        assert_eq!(words.last_error().unwrap(), "error initializing: no");
+        words.clear();
+        assert_eq!(words.refusals(), None);
+        for odd in ["", "[", "[a][b", "[a][b][c]", "][", "\u{fffd}"] {
+            assert_eq!(Line::parse(odd).text, odd);
+        }
+        for _ in 0..100 {
+            hear(&format!("Filesystem config update rejected: {}", "y".repeat(5000)));
+        }
+        assert!(words.refusals().unwrap().len() < (LONGEST_WORDS + 2) * REMEMBERED);
+    }
 }

@@ -7,6 +7,7 @@ use super::sds::Refused;
 use super::{Event, Options, bootstrap};
 use crate::boot::HeldBoot;
 use onboarding_runtime::backoff::Backoff;
+use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
@@ -58,7 +59,7 @@ pub(super) struct Supervisor {
     /// Processes that ended before they said what they make of `current`.
     deaths: u32,
     retries: Backoff,
-    retry_at: Option<Instant>,
+    retry: Option<(Instant, Arc<HeldBoot>)>,
     said: Said,
     draining: bool,
 }
@@ -93,7 +94,7 @@ enum Happened {
     Ended(std::io::Result<ExitStatus>),
     SecretRefused,
     Start,
-    Retry,
+    Retry(Arc<HeldBoot>),
     Look,
 }
 
@@ -132,7 +133,7 @@ impl Supervisor {
             good: good.map(Arc::new),
             deaths: 0,
             retries: Backoff::new(Duration::from_secs(1), Duration::from_secs(60)),
-            retry_at: None,
+            retry: None,
             said: Said::default(),
             draining: false,
         })
@@ -151,7 +152,7 @@ impl Supervisor {
                 ended = ended(&mut self.process) => Happened::Ended(ended),
                 Ok(()) = self.secret_refused.changed() => Happened::SecretRefused,
                 () = sleep_until(self.start_at), if idle => Happened::Start,
-                () = sleep_until(self.retry_at.unwrap_or(self.start_at)), if self.retry_at.is_some() => Happened::Retry,
+                boot = due(&mut self.retry) => Happened::Retry(boot),
                 _ = look.tick() => Happened::Look,
             };
             match happened {
@@ -171,11 +172,7 @@ impl Supervisor {
                 }
                 Happened::Ended(ended) => self.ended(ended).await,
                 Happened::Start => self.start_again().await,
-                Happened::Retry => {
-                    self.retry_at = None;
-                    let boot = Arc::clone(&self.current);
-                    self.hand_over(boot, None).await;
-                }
+                Happened::Retry(boot) => self.hand_over(boot, None).await,
                 Happened::SecretRefused | Happened::Look => self.look().await,
             }
         }
@@ -258,17 +255,16 @@ impl Supervisor {
         if self.draining {
             return;
         }
-        self.retry_at = None;
-        let version = boot.version.clone();
-        let result = self.write_steps(boot, &mut written).await;
+        self.retry = None;
+        let result = self.write_steps(Arc::clone(&boot), &mut written).await;
         match (result, written) {
             (result, Some(written)) => {
                 let _ = written.send(result);
             }
             (Err(error), None) => {
                 // Whoever asked is told already that it was written.
-                self.retry_at = Some(Instant::now() + self.retries.next_delay());
-                self.rejected(&version, format!("{error:#}"));
+                self.rejected(&boot.version, format!("{error:#}"));
+                self.try_again(boot);
             }
             (Ok(()), None) => {}
         }
@@ -397,7 +393,7 @@ impl Supervisor {
         } else {
             // What hinders it may go away, as an application that has a listener's port does.
             self.standing = Standing::Refused;
-            self.retry_at = Some(Instant::now() + self.retries.next_delay());
+            self.try_again(Arc::clone(&self.current));
         }
         self.rejected(&version, message);
     }
@@ -427,23 +423,28 @@ impl Supervisor {
             Verdict::Refused(message) => {
                 tracing::error!(message, "the sidecar refuses its last good configuration");
                 self.standing = Standing::Refused;
-                self.retry_at = Some(Instant::now() + self.retries.next_delay());
+                self.try_again(Arc::clone(&self.current));
             }
         }
         files::remove(&self.options.directory, &step.removes);
     }
 
+    fn try_again(&mut self, boot: Arc<HeldBoot>) {
+        self.retry = Some((Instant::now() + self.retries.next_delay(), boot));
+    }
+
     async fn ended(&mut self, ended: std::io::Result<ExitStatus>) {
         let Some(mut process) = self.process.take() else { return };
-        let status = match ended {
-            Ok(status) => process.epitaph(status).await,
-            Err(error) => error.to_string(),
+        let (crashed, status) = match ended {
+            Ok(status) => (status.signal().is_some(), process.epitaph(status).await),
+            Err(error) => (false, error.to_string()),
         };
         if self.draining {
             tracing::warn!(status, "the sidecar ended while it was drained");
             return;
         }
-        if self.standing == Standing::Unknown {
+        // An exit with a code has another cause, as an admin address that somebody has.
+        if crashed && self.standing == Standing::Unknown {
             self.deaths += 1;
             let good = self.good.clone().filter(|good| good.resources != self.current.resources);
             // Once may be a coincidence.
@@ -465,7 +466,7 @@ impl Supervisor {
         self.standing = Standing::Unknown;
         self.before = Stats::default();
         self.live = false;
-        self.retry_at = None;
+        self.retry = None;
         self.said.condition = None;
         self.said.misses = 0;
         let restart_in = self.restarts.next_delay();
@@ -567,6 +568,17 @@ fn write_all(options: &Options, step: &Step) -> anyhow::Result<()> {
 async fn ended(process: &mut Option<Process>) -> std::io::Result<ExitStatus> {
     match process {
         Some(process) => process.wait().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Takes what is to be tried again when its time has come; never, where there is nothing.
+async fn due(retry: &mut Option<(Instant, Arc<HeldBoot>)>) -> Arc<HeldBoot> {
+    if let Some((at, _)) = retry {
+        sleep_until(*at).await;
+    }
+    match retry.take() {
+        Some((_, boot)) => boot,
         None => std::future::pending().await,
     }
 }

@@ -343,6 +343,48 @@ async fn the_last_accepted_configuration_outlives_the_agent() {
 }
 
 #[tokio::test]
+async fn a_configuration_that_envoy_crashes_on_is_refused_too() {
+    let mut world = World::new().await;
+    let script = world.directory.path().join("envoy");
+    let text = "#!/bin/sh\nif grep -q crashing xds/cds.json; then kill -SEGV $$; fi\nexec ENVOY \"$@\"\n";
+    std::fs::write(&script, text.replace("ENVOY", envoy().to_str().unwrap())).unwrap();
+    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    world.options.binary = script;
+    let (sidecar, _events) = world.started(&world.boot("1").0).await;
+    sidecar.stop(WITHIN).await;
+    let (_sidecar, mut events) = world.start(&world.boot("2").cluster("crashing").endpoint("crashing", free()).0).await;
+    let mut seen = Vec::new();
+    loop {
+        match world.next(&mut events).await {
+            Event::Ready => break,
+            event => seen.push(event),
+        }
+    }
+    let [Event::Exited { status, .. }, Event::Rejected { version, message }, Event::Exited { .. }] = &seen[..] else {
+        panic!("{seen:?}")
+    };
+    assert!(status.contains("signal: 11") && version == "2" && message.contains("Envoy ended on it"), "{seen:?}");
+    assert_eq!(world.get("/").await.unwrap().application, "one");
+}
+
+#[tokio::test]
+async fn a_file_that_cannot_be_written_is_an_error_and_the_last_configuration_stays() {
+    let world = World::new().await;
+    let (sidecar, mut events) = world.started(&world.boot("1").0).await;
+    let obstacle = world.options.directory.join("xds/lds.json.part");
+    std::fs::create_dir(&obstacle).unwrap();
+    let second = free();
+    let boot = world.boot("2").listener("second", second, "route:8080").0;
+    let error = format!("{:#}", sidecar.apply(&boot).await.unwrap_err());
+    assert!(error.contains("xds/lds.json"), "{error}");
+    assert_eq!(world.get("/").await.unwrap().application, "one");
+    std::fs::remove_dir(&obstacle).unwrap();
+    sidecar.apply(&boot).await.unwrap();
+    assert_eq!(world.next(&mut events).await, accepted("2"));
+    TcpStream::connect(second).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_killed_envoy_is_started_again() {
     let world = World::new().await;
     let (_sidecar, mut events) = world.started(&world.boot("1").0).await;
