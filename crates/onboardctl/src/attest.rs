@@ -38,10 +38,10 @@ pub struct Attest {
     audience: Option<String>,
     /// Certificates of further AWS regions: PEM, each after a line "# REGION"
     #[arg(long, value_name = "FILE")]
-    aws_certificates: Option<PathBuf>,
+    aws_extra_certificates: Option<PathBuf>,
     /// PEM of CAs that issuers' servers may have besides those of the system
     #[arg(long, value_name = "FILE")]
-    extra_roots: Option<PathBuf>,
+    jwks_extra_roots: Option<PathBuf>,
     /// How to say it
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
@@ -49,13 +49,13 @@ pub struct Attest {
 
 impl Attest {
     pub fn run(&self) -> anyhow::Result<Outcome> {
-        let others = [&self.jwt_issuers, &self.aws_certificates, &self.extra_roots];
+        let others = [&self.jwt_issuers, &self.aws_extra_certificates, &self.jwks_extra_roots];
         manifests::stdin_once(others.into_iter().flatten().chain([&self.evidence]))?;
         let text = manifests::read_file(&self.evidence)?;
         let read = |path: &Option<PathBuf>| path.as_deref().map(manifests::read_file).transpose();
         let attestors = Attestors::new(Options {
-            extra_aws_certificates: read(&self.aws_certificates)?,
-            extra_roots_pem: read(&self.extra_roots)?,
+            extra_aws_certificates: read(&self.aws_extra_certificates)?,
+            extra_roots_pem: read(&self.jwks_extra_roots)?,
             ..Options::default()
         })?;
         let attested = if is_jwt(&text) {

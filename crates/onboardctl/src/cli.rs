@@ -1,6 +1,7 @@
 //! The command line: which verb, and how it ends.
 
 use crate::outcome::{FAILED, Outcome, complain};
+use crate::socket::Socket;
 use crate::{attest, completions, explain, lint, plan, status, workloads};
 use clap::Parser;
 use clap::error::ErrorKind;
@@ -23,6 +24,8 @@ Exit codes: 0, or 1 for whatever went wrong, wrong usage included; explain and p
 pub struct Cli {
     #[command(subcommand)]
     verb: Verb,
+    #[command(flatten)]
+    socket: Socket,
 }
 
 #[derive(Debug, clap::Subcommand)]
@@ -46,7 +49,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(if asked { 0 } else { FAILED });
         }
     };
-    match cli.verb.run() {
+    match cli.verb.run(&cli.socket) {
         Ok(outcome) => outcome.write(),
         Err(error) => {
             complain(&format!("onboardctl: {error:#}"));
@@ -56,14 +59,14 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 impl Verb {
-    fn run(&self) -> anyhow::Result<Outcome> {
+    fn run(&self, socket: &Socket) -> anyhow::Result<Outcome> {
         match self {
             Self::Lint(verb) => verb.run(),
             Self::Explain(verb) => verb.run(),
-            Self::Plan(verb) => verb.run(),
+            Self::Plan(verb) => verb.run(socket),
             Self::Attest(verb) => verb.run(),
-            Self::Workloads(verb) => verb.run(),
-            Self::Status(verb) => verb.run(),
+            Self::Workloads(verb) => verb.run(socket),
+            Self::Status(verb) => verb.run(socket),
             Self::Completions(verb) => verb.run(),
         }
     }

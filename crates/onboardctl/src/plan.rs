@@ -36,14 +36,12 @@ pub struct Plan {
     /// How to say it
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
-    #[command(flatten)]
-    socket: Socket,
 }
 
 const WOULD_CHANGE: u8 = 3;
 
 impl Plan {
-    pub fn run(&self) -> anyhow::Result<Outcome> {
+    pub fn run(&self, socket: &Socket) -> anyhow::Result<Outcome> {
         manifests::stdin_once(self.paths.iter().chain(&self.workloads))?;
         let loaded = manifests::load(&self.paths);
         loaded.all_read()?;
@@ -56,14 +54,14 @@ impl Plan {
         }
         let notes = loaded.warnings.iter().map(|warning| format!("warning: {warning}")).collect();
         let admission = loaded.admission();
-        let workloads = self.live()?.iter().map(Workload::read).collect::<anyhow::Result<Vec<_>>>()?;
+        let workloads = self.live(socket)?.iter().map(Workload::read).collect::<anyhow::Result<Vec<_>>>()?;
         let changes: Vec<Change> = workloads.iter().filter_map(|workload| admission.change(workload)).collect();
         let code = if changes.is_empty() { 0 } else { WOULD_CHANGE };
         Ok(Outcome { out: self.say(&changes, workloads.len()), notes, code })
     }
 
-    fn live(&self) -> anyhow::Result<Vec<Value>> {
-        let Some(file) = &self.workloads else { return self.socket.workloads() };
+    fn live(&self, socket: &Socket) -> anyhow::Result<Vec<Value>> {
+        let Some(file) = &self.workloads else { return socket.workloads() };
         let text = manifests::read_file(file)?;
         let list: Value = serde_json::from_str(&text).with_context(|| format!("{} isn't JSON", file.display()))?;
         let items = list.get("items").unwrap_or(&list).as_array().cloned();

@@ -16,10 +16,10 @@ use tokio::net::UnixStream;
 #[derive(Debug, clap::Args)]
 pub struct Socket {
     /// The plane's admin socket [env: ONBOARDING_ADMIN_SOCKET=] [default: admin.sock in the data directory]
-    #[arg(long, global = true, value_name = "PATH", help_heading = "The plane")]
+    #[arg(long, global = true, value_name = "PATH", help_heading = "For workloads, status and plan")]
     socket: Option<PathBuf>,
     /// The plane's data directory [env: ONBOARDING_DATA_DIR=] [default: /var/lib/onboarding-plane]
-    #[arg(long, global = true, value_name = "DIR", help_heading = "The plane")]
+    #[arg(long, global = true, value_name = "DIR", help_heading = "For workloads, status and plan")]
     data_dir: Option<PathBuf>,
 }
 

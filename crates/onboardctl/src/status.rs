@@ -16,13 +16,11 @@ pub struct Status {
     /// How to say it
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
-    #[command(flatten)]
-    socket: Socket,
 }
 
 impl Status {
-    pub fn run(&self) -> anyhow::Result<Outcome> {
-        let status = self.socket.get("/v1/status")?;
+    pub fn run(&self, socket: &Socket) -> anyhow::Result<Outcome> {
+        let status = socket.get("/v1/status")?;
         let ready = status.get("ready").and_then(Value::as_bool).unwrap_or(false);
         let out = match self.output {
             Format::Json => json(&status),

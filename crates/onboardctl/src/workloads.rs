@@ -32,8 +32,6 @@ pub struct Workloads {
     /// How to say it
     #[arg(short, long, value_enum, default_value_t)]
     output: Output,
-    #[command(flatten)]
-    socket: Socket,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -61,15 +59,15 @@ by itself. Also a registration that has ended already can be named: its key is f
 }
 
 impl Workloads {
-    pub fn run(&self) -> anyhow::Result<Outcome> {
+    pub fn run(&self, socket: &Socket) -> anyhow::Result<Outcome> {
         match &self.verb {
-            Some(Verb::Delete { names }) => self.delete(names),
-            None => self.list(Timestamp::now()),
+            Some(Verb::Delete { names }) => self.delete(socket, names),
+            None => self.list(socket, Timestamp::now()),
         }
     }
 
-    fn list(&self, now: Timestamp) -> anyhow::Result<Outcome> {
-        let mut items = self.socket.workloads()?;
+    fn list(&self, socket: &Socket, now: Timestamp) -> anyhow::Result<Outcome> {
+        let mut items = socket.workloads()?;
         if let Some(namespace) = &self.namespace {
             items.retain(|item| text(item, "/metadata/namespace") == namespace);
         }
@@ -95,12 +93,12 @@ impl Workloads {
     }
 
     /// Names are read before the first registration is deleted.
-    fn delete(&self, names: &[String]) -> anyhow::Result<Outcome> {
+    fn delete(&self, socket: &Socket, names: &[String]) -> anyhow::Result<Outcome> {
         let names = names.iter().map(|name| self.registration(name)).collect::<anyhow::Result<Vec<_>>>()?;
         let mut outcome = Outcome::default();
         for name in names {
             let path = format!("/v1/workloads/{}/{}", name.namespace, name.name);
-            let answer = match self.socket.delete(&path) {
+            let answer = match socket.delete(&path) {
                 Ok(answer) => answer,
                 // What was done before isn't lost to whoever reads this.
                 Err(error) => {

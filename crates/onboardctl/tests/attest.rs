@@ -35,7 +35,7 @@ fn document() -> Dir {
 #[test]
 fn a_document_proves_the_instance() {
     let dir = document();
-    let arguments = ["attest", "document.txt", "--aws-certificates", "region.pem"];
+    let arguments = ["attest", "document.txt", "--aws-extra-certificates", "region.pem"];
     let ended = dir.run(&[&arguments[..], &["-o", "json"]].concat()).is(0);
     assert_eq!(
         ended.json(),
@@ -62,7 +62,7 @@ fn a_document_proves_the_instance() {
 fn a_document_that_proves_nothing_says_why() {
     let dir = document();
     let refused = |why| {
-        dir.run(&["attest", "document.txt", "--aws-certificates", "region.pem", "-o", "json"])
+        dir.run(&["attest", "document.txt", "--aws-extra-certificates", "region.pem", "-o", "json"])
             .is(1)
             .silent()
             .complains("onboardctl: document.txt proves nothing: ")
@@ -83,7 +83,7 @@ fn a_document_that_proves_nothing_says_why() {
     refused("region us-east-2");
 
     dir.run(&["attest", "nowhere"]).is(1).silent().complains("reading nowhere: No such file");
-    dir.run(&["attest", "document.txt", "--aws-certificates", "document.txt"]).is(1).silent();
+    dir.run(&["attest", "document.txt", "--aws-extra-certificates", "document.txt"]).is(1).silent();
     dir.run(&["attest"]).is(1).silent().complains("Usage:");
 }
 

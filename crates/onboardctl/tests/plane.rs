@@ -215,6 +215,7 @@ fn the_socket_is_found_by_flag_then_environment() {
     let nowhere = Path::new("nowhere");
     let socket = plane.socket.as_path();
     dir.run(&["status", "--socket", "admin.sock"]).is(0);
+    dir.run(&["--data-dir", ".", "status"]).is(0);
     dir.run_with(&["status"], "", &[("ONBOARDING_ADMIN_SOCKET", socket)]).is(0);
     dir.run_with(&["status"], "", &[("ONBOARDING_DATA_DIR", here)]).is(0);
     let both = [("ONBOARDING_ADMIN_SOCKET", nowhere), ("ONBOARDING_DATA_DIR", here)];
