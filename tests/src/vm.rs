@@ -181,7 +181,6 @@ impl Vm {
             Ok(Ok(()))
         })
         .and_then(|live| live)
-        .with_context(|| self.report())
     }
 
     /// SIGTERM, and waits for the end.

@@ -327,8 +327,7 @@ impl Pair {
         for (from, to) in [(&self.productpage, &self.ratings), (&self.ratings, &self.productpage)] {
             until(&format!("{} reaches {}", from.name(), to.name()), Duration::from_secs(20), || {
                 from.call(&to.service()).map(drop)
-            })
-            .with_context(|| format!("{}\n{}", from.report(), to.report()))?;
+            })?;
         }
         Ok(())
     }

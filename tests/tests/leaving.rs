@@ -98,8 +98,7 @@ fn killed_plane(world: &mut World) -> anyhow::Result<()> {
             );
         }
         for vm in &vms {
-            until(&format!("{} is in", vm.name()), Duration::from_secs(40), || world.connected(&vm.registration()))
-                .map_err(|error| error.context(vm.report()))?;
+            until(&format!("{} is in", vm.name()), Duration::from_secs(40), || world.connected(&vm.registration()))?;
             vm.wait_live(Duration::from_secs(10))?;
         }
         let mine = |war: &&serde_json::Value| {
