@@ -141,11 +141,11 @@ fn withdrawing_ends_everything_and_keeps_the_key() {
 #[test]
 fn the_end_is_forgotten_when_no_token_and_no_key_can_matter_any_more() {
     let end = |replay| after(vec![register(KEYS[0], replay, 0), Event::Unregister { key: KEYS[0] }]).unwrap().state;
-    let day = i64::try_from(LONGEST_TOKEN_LIFE.as_secs()).unwrap();
+    let life = i64::try_from(LONGEST_TOKEN_LIFE.as_secs()).unwrap();
     let tick = |state: &State, second| step(state, Event::Tick, at(second), GRACE).unwrap().state;
-    assert_ne!(tick(&end(Replay::BoundToKey), day), State::Absent);
-    assert_eq!(tick(&end(Replay::BoundToKey), day + 1), State::Absent);
-    assert_ne!(tick(&end(Replay::Forever), 1000 * day), State::Absent);
+    assert_ne!(tick(&end(Replay::BoundToKey), life), State::Absent);
+    assert_eq!(tick(&end(Replay::BoundToKey), life + 1), State::Absent);
+    assert_ne!(tick(&end(Replay::Forever), 1000 * life), State::Absent);
 }
 
 // ---- generated histories ----

@@ -2,7 +2,7 @@
 
 use crate::identity::{Attested, Thumbprint};
 use crate::name::{GroupName, RegistrationName};
-use crate::registration::{Ended, State};
+use crate::registration::{Ended, LONGEST_TOKEN_LIFE, State};
 use jiff::Timestamp;
 use std::time::Duration;
 
@@ -31,14 +31,14 @@ pub struct Claims {
 pub const LEEWAY: Duration = Duration::from_secs(60);
 
 /// When a token of a registration in this state is issued, and when it ends: whole seconds, and later than the end of an
-/// earlier registration, so that the tokens of before that end stay worthless.
+/// earlier registration, so that the tokens of before that end stay worthless. At most [`LONGEST_TOKEN_LIFE`].
 pub fn lifetime(state: &State, now: Timestamp, life: Duration) -> (Timestamp, Timestamp) {
     let mut issued = now.as_second();
     if let State::Ended(Ended { at, .. }) = state {
         issued = issued.max(at.as_second() + 1);
     }
     let issued = Timestamp::from_second(issued).unwrap_or(now);
-    let life = Duration::from_secs(life.as_secs().max(1));
+    let life = Duration::from_secs(life.min(LONGEST_TOKEN_LIFE).as_secs().max(1));
     (issued, issued.checked_add(life).unwrap_or(Timestamp::MAX))
 }
 
@@ -124,5 +124,7 @@ mod tests {
         assert_eq!(lifetime(&ended, at(1000), Duration::from_secs(60)), (at(1001), at(1061)));
         assert_eq!(lifetime(&ended, at(2000), Duration::from_secs(60)), (at(2000), at(2060)));
         assert_eq!(lifetime(&State::Absent, at(7), Duration::from_millis(500)), (at(7), at(8)));
+        // Its end is forgotten no sooner than the token's.
+        assert_eq!(lifetime(&State::Absent, at(0), Duration::MAX), (at(0), at(86_400)));
     }
 }
