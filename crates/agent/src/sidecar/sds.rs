@@ -210,3 +210,58 @@ fn response(current: &Versioned, names: &[String], nonce: String) -> DiscoveryRe
         nonce,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(names: &[&str]) -> DiscoveryRequest {
+        DiscoveryRequest {
+            resource_names: names.iter().map(|name| (*name).to_owned()).collect(),
+            type_url: SECRET.to_owned(),
+            ..DiscoveryRequest::default()
+        }
+    }
+
+    fn service() -> Service {
+        let identity = Identity { certificate_chain: "chain".into(), private_key: "key".into(), roots: "roots".into() };
+        let (_, watched) = watch::channel(Arc::new(Versioned { version: 7, identity }));
+        Service { watched, refuse: Arc::new(watch::channel(Refused::new()).0) }
+    }
+
+    #[tokio::test]
+    async fn fetches_what_it_has() {
+        let response =
+            service().fetch_secrets(Request::new(request(&[ROOTS, CERTIFICATE]))).await.unwrap().into_inner();
+        assert_eq!((response.version_info.as_str(), response.type_url.as_str()), ("7", SECRET));
+        let secrets: Vec<_> =
+            response.resources.iter().map(|any| Secret::decode(any.value.as_slice()).unwrap()).collect();
+        assert_eq!(secrets.iter().map(|secret| secret.name.as_str()).collect::<Vec<_>>(), [ROOTS, CERTIFICATE]);
+        let text = |source: &Option<DataSource>| match source.as_ref().and_then(|source| source.specifier.clone()) {
+            Some(data_source::Specifier::InlineString(text)) => text,
+            other => panic!("{other:?}"),
+        };
+        match (&secrets[0].r#type, &secrets[1].r#type) {
+            (Some(secret::Type::ValidationContext(roots)), Some(secret::Type::TlsCertificate(own))) => {
+                assert_eq!(text(&roots.trusted_ca), "roots");
+                assert_eq!((text(&own.certificate_chain), text(&own.private_key)), ("chain".into(), "key".into()));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn refuses_what_it_has_not() {
+        let other_type = DiscoveryRequest { type_url: "type.googleapis.com/a.B".into(), ..request(&[ROOTS]) };
+        let too_many = request(&[ROOTS; MAX_NAMES + 1]);
+        for (request, code, words) in [
+            (request(&["file-cert"]), tonic::Code::NotFound, "file-cert"),
+            (other_type, tonic::Code::InvalidArgument, "only type.googleapis.com"),
+            (too_many, tonic::Code::InvalidArgument, "more than 16"),
+        ] {
+            let status = service().fetch_secrets(Request::new(request)).await.unwrap_err();
+            assert_eq!(status.code(), code);
+            assert!(status.message().contains(words), "{status}");
+        }
+    }
+}
