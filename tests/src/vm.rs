@@ -192,6 +192,11 @@ impl Vm {
         Ok(started.elapsed())
     }
 
+    /// Pulls the network cable, or puts it back.
+    pub fn set_link(&self, up: bool) -> anyhow::Result<()> {
+        self.machine.set_link(up)
+    }
+
     /// Everything in the VM but what belongs to the world around it ends at once; then application and metadata are there again.
     pub fn power_cycle(&mut self, world: &World) -> anyhow::Result<()> {
         self.machine.power_off()?;

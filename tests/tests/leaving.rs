@@ -13,6 +13,7 @@ use std::time::Duration;
 
 const SCENARIOS: &[Scenario] = &[
     ("an_agent_that_is_stopped_under_load_fails_no_request", stopped_under_load),
+    ("a_plane_that_is_restarted_under_load_fails_no_request", restarted_plane_under_load),
     ("a_vm_that_reboots_while_the_plane_is_away_serves", reboot_without_plane),
     ("a_plane_that_is_killed_during_joins_loses_nothing_it_acknowledged", killed_plane),
 ];
@@ -39,6 +40,28 @@ fn stopped_under_load(world: &mut World) -> anyhow::Result<()> {
     ensure!(took > Duration::from_secs(2) && took < Duration::from_secs(15), "stopping took {took:?}");
     ensure!(second.pids("/envoy")?.is_empty(), "its Envoy is still there");
     ensure!(world.connected(&second.registration()).is_err(), "it is still registered");
+    world.keep(pair);
+    Ok(())
+}
+
+/// Both ways: with a goodbye to the agents, and without.
+fn restarted_plane_under_load(world: &mut World) -> anyhow::Result<()> {
+    let pair = world.pair()?;
+    let names = [pair.ratings.registration(), pair.productpage.registration()];
+    let load = pair.productpage.load("ratings.bookinfo:8080", "/", 200)?;
+    for killed in [false, true] {
+        if killed {
+            world.kill_plane();
+        } else {
+            world.stop_plane()?;
+        }
+        world.start_plane()?;
+        for name in &names {
+            until("the agent is connected again", Duration::from_secs(40), || world.connected(name))?;
+        }
+    }
+    let outcome = load.stop()?;
+    ensure!(outcome.failed == 0 && outcome.sent > 100, "{outcome:?}");
     world.keep(pair);
     Ok(())
 }
@@ -78,8 +101,19 @@ fn killed_plane(world: &mut World) -> anyhow::Result<()> {
         for vm in &mut vms {
             vm.start_agent()?;
         }
-        let delay = Duration::from_millis(RandomState::new().build_hasher().finish() % 700);
-        println!("    round {round}: the plane is killed after {delay:?}");
+        // The last rounds hit the moment that matters most: the first answer has just been given, others are on their way.
+        let (since, most) = match round {
+            0 | 1 => ("the start of the agents", 700),
+            _ => ("the first registration", 30),
+        };
+        if round > 1 {
+            until("the first VM is registered", Duration::from_secs(20), || {
+                ensure!(vms.iter().any(registered), "none is");
+                Ok(())
+            })?;
+        }
+        let delay = Duration::from_millis(RandomState::new().build_hasher().finish() % most);
+        println!("    round {round}: the plane is killed {delay:?} after {since}");
         std::thread::sleep(delay);
         world.kill_plane();
         let acknowledged: Vec<_> = vms.iter().filter(|vm| registered(vm)).map(Vm::registration).collect();
