@@ -142,7 +142,7 @@ fn write_lines(mut queue: mpsc::Receiver<Line>, mut sink: Box<dyn Write + Send>)
         torn = outcome.is_err();
         for line in batch {
             // Whoever waited may have given up.
-            let _ = line.written.send(outcome.as_ref().map(|()| ()).map_err(io::Error::kind));
+            let _ = line.written.send(outcome.as_ref().copied().map_err(io::Error::kind));
         }
     }
 }

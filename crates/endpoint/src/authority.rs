@@ -91,13 +91,16 @@ impl Authority {
         let plane = Self::plane(&snapshot)?;
         let key = match connection.proven() {
             Some(key) => key,
-            None => connection.prove(&plane.uid, proof, Purpose::UseToken { token })?.0,
+            None => {
+                let (key, _) = connection.prove(&plane.uid, proof, Purpose::UseToken { token })?;
+                connection.set_proven(key);
+                key
+            }
         };
         let claims = self.tokens.read(token).await.map_err(token_status)?;
         accept(&claims, &plane.uid, key, Timestamp::now())
             .map_err(|refusal| Status::unauthenticated(refusal.to_string()))?;
-        // Not before: a key that anybody can make doesn't keep a connection open.
-        connection.set_proven(key);
+        connection.set_admitted();
         Ok(Caller { claims, snapshot, plane })
     }
 

@@ -40,14 +40,14 @@ impl Authority {
         let _permit =
             self.authorizations.try_acquire().map_err(|_| exhausted("the plane is busy with other agents", BUSY))?;
         let started = Instant::now();
+        let snapshot = self.snapshot();
+        let plane = Self::plane(&snapshot)?;
         let group = group_name(request.workload_group).map_err(|error| Status::invalid_argument(error.to_string()))?;
         if !is_resource_name(&group.namespace) || !is_resource_name(&group.name) {
             return Err(Status::invalid_argument("workload_group: its namespace or name is no name of Kubernetes"));
         }
         let credential =
             request.credential.ok_or_else(|| Status::invalid_argument("credential: the evidence is missing"))?;
-        let snapshot = self.snapshot();
-        let plane = Self::plane(&snapshot)?;
         let mut case = Case {
             authority: self,
             connection,
@@ -70,6 +70,7 @@ impl Authority {
         self.write_down(&entry).await?;
         let token = self.tokens.sign(&claims).map_err(token_status)?;
         connection.set_proven(claims.key);
+        connection.set_admitted();
         tracing::info!(registration = %claims.subject, peer = %connection.peer, policy, rule, "authorized");
         self.metrics.authorization_seconds.observe(started.elapsed().as_secs_f64());
         Ok(pb::AuthorizeOnboardingResponse {

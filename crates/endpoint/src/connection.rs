@@ -30,6 +30,7 @@ pub(crate) struct Connection {
 struct Facts {
     challenge: Option<Challenge>,
     proven: Option<Thumbprint>,
+    admitted: bool,
 }
 
 impl Connection {
@@ -89,6 +90,15 @@ impl Connection {
 
     pub(crate) fn set_proven(&self, key: Thumbprint) {
         self.lock().proven = Some(key);
+    }
+
+    /// Whether a token was issued or accepted on it: a key alone, which anybody can make, keeps no connection open.
+    pub(crate) fn admitted(&self) -> bool {
+        self.lock().admitted
+    }
+
+    pub(crate) fn set_admitted(&self) {
+        self.lock().admitted = true;
     }
 
     fn lock(&self) -> MutexGuard<'_, Facts> {

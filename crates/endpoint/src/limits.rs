@@ -21,7 +21,7 @@ pub struct Limits {
     pub handshakes: usize,
     /// From the connection to the end of its TLS handshake, the wait for its turn included.
     pub handshake_timeout: Duration,
-    /// How long a connection may be open before a key is proven on it.
+    /// How long a connection may be open before a token is issued or accepted on it.
     pub time_to_prove: Duration,
     /// HTTP/2 streams of one connection: a session and a few calls.
     pub streams_per_connection: u32,

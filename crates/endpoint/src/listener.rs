@@ -134,7 +134,7 @@ impl Listener {
                 }
                 () = unproven.as_mut(), if !judged => {
                     judged = true;
-                    if connection.proven().is_none() {
+                    if !connection.admitted() {
                         return self.failed("nothing_proven");
                     }
                 }

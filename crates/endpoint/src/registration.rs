@@ -141,12 +141,13 @@ mod tests {
     #[test]
     fn each_bound_refuses_by_itself() {
         assert_eq!(check(&report()), Ok(()));
-        let changed = |change: fn(&mut HostReport)| {
+        type Change = fn(&mut HostReport);
+        let changed = |change: Change| {
             let mut report = report();
             change(&mut report);
             check(&report).unwrap_err()
         };
-        let cases: [(fn(&mut HostReport), &str); 8] = [
+        let cases: [(Change, &str); 8] = [
             (|it| it.agent_version = "a\nb".to_owned(), "registration.agent_version"),
             (|it| it.agent_version = "a".repeat(129), "registration.agent_version"),
             (|it| it.sidecar = SidecarReport::Envoy { version: "\u{1b}[1m".to_owned() }, "registration.sidecar.envoy"),

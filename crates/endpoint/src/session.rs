@@ -65,9 +65,9 @@ async fn open(
     };
     let caller = authority.caller(&connection, &request, hello.proof.as_ref()).await?;
     let Caller { claims, snapshot, .. } = caller;
+    admission(&snapshot, &claims.attested.identity, &claims.group).map_err(|refused| refused.status)?;
     let state = authority.lifecycle.load(&claims.subject).await.map_err(registry_status)?;
     requires_live(&state, &claims)?;
-    admission(&snapshot, &claims.attested.identity, &claims.group).map_err(|refused| refused.status)?;
 
     let session = uuid::Uuid::new_v4().to_string();
     // Known before it is on record, so that whoever replaces it finds it.

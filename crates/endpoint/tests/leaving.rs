@@ -141,8 +141,9 @@ async fn a_stopping_plane_says_so() {
     assert_eq!(session.end().await.reason(), Reason::PlaneStopping);
     drop((session, agent));
     stopped.await.unwrap();
+    // Ten thousand sessions aren't written one by one while the plane stops: its next start does it.
     let all = onboarding_endpoint::backend::Registry::list(registry.as_ref()).await.unwrap();
-    assert!(matches!(&all[0].1.state, State::Live(live) if matches!(live.connection, Connection::Disconnected { .. })));
+    assert!(matches!(&all[0].1.state, State::Live(live) if matches!(live.connection, Connection::Connected { .. })));
 }
 
 #[tokio::test]

@@ -18,7 +18,7 @@ pub struct Args {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Runs the plane of one machine: manifests from a directory, registrations in SQLite, a mesh of Envoys.
-    Standalone(Standalone),
+    Standalone(Box<Standalone>),
     /// Prints completions for a shell.
     Completions { shell: clap_complete::Shell },
 }

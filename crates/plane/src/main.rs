@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     match Args::parse().command {
-        Command::Standalone(args) => match standalone::run(args) {
+        Command::Standalone(args) => match standalone::run(*args) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 tracing::error!("the plane ends: {error:#}");

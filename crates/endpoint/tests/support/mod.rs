@@ -155,7 +155,7 @@ pub struct Plane {
     pub readiness: Readiness,
     pub metrics: Arc<Mutex<prometheus_client::registry::Registry>>,
     pub directory: tempfile::TempDir,
-    pub oidc: Oidc,
+    pub oidc: Arc<Oidc>,
     config: watch::Sender<Arc<Snapshot>>,
     /// CAs that were used for the endpoint's certificate.
     roots: Mutex<String>,
@@ -188,7 +188,7 @@ impl Plane {
     }
 
     pub async fn start_with(grace: Duration, limits: Limits) -> Self {
-        let oidc = oidc::start().await.unwrap();
+        let oidc = Arc::new(oidc::start().await.unwrap());
         let made = oidc::make_tls(&[HOST]).unwrap();
         let workload_group = WorkloadGroup {
             name: group(),
@@ -227,7 +227,24 @@ impl Plane {
             ..Snapshot::default()
         };
         let (config, _) = watch::channel(Arc::new(snapshot));
-        let registry = Arc::new(Memory::default());
+        Self::serve(config, Arc::default(), oidc, made.ca, grace, limits).await
+    }
+
+    /// One more on the same registry, keys and configuration, as if this one had been killed.
+    pub async fn another(&self, grace: Duration) -> Self {
+        let (registry, oidc) = (self.registry.clone(), self.oidc.clone());
+        let roots = self.roots.lock().unwrap().clone();
+        Self::serve(self.config.clone(), registry, oidc, roots, grace, Limits::default()).await
+    }
+
+    async fn serve(
+        config: watch::Sender<Arc<Snapshot>>,
+        registry: Arc<Memory>,
+        oidc: Arc<Oidc>,
+        roots: String,
+        grace: Duration,
+        limits: Limits,
+    ) -> Self {
         let audit = Lines::default();
         let readiness = Readiness::default();
         let directory = tempfile::tempdir().unwrap();
@@ -240,7 +257,7 @@ impl Plane {
                 replica: "plane-0".to_owned(),
                 grace,
                 limits,
-                audit: Audit::new(Box::new(audit.clone())),
+                audit: Audit::new(Box::new(audit.clone())).unwrap(),
             },
             Backend {
                 config: Arc::new(Config(config.clone())),
@@ -264,7 +281,7 @@ impl Plane {
             directory,
             oidc,
             config,
-            roots: Mutex::new(made.ca),
+            roots: Mutex::new(roots),
             stop,
             running: Some(running),
         }
