@@ -4,15 +4,17 @@
 use anyhow::{Context, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use onboarding_testkit::process::Process;
 use onboarding_tests::scenario::{Scenario, run};
 use onboarding_tests::until::{always, until};
 use onboarding_tests::vm::Evidence;
-use onboarding_tests::world::{Setup, World};
+use onboarding_tests::world::{Setup, World, binary};
 use std::process::ExitCode;
 use std::time::Duration;
 
 const SCENARIOS: &[Scenario] = &[
     ("an_ec2_instance_and_a_host_with_a_jwt_join_and_call_each_other", join_and_call),
+    ("tcp_goes_over_the_mesh_and_a_name_of_dns_out_of_it", tcp_and_dns),
     ("a_workload_that_no_policy_admits_is_told_why_and_joins_once_one_does", refused_then_admitted),
     ("a_withdrawn_policy_ends_session_and_entry_within_a_second", withdrawn),
     ("a_policy_that_cannot_be_read_ends_sessions_and_spares_traffic", broken_then_mended),
@@ -63,6 +65,84 @@ fn join_and_call(world: &mut World) -> anyhow::Result<()> {
     world.keep(pair);
     Ok(())
 }
+
+/// New listeners and services reach sidecars that run.
+fn tcp_and_dns(world: &mut World) -> anyhow::Result<()> {
+    let pair = world.pair()?;
+    pair.productpage.machine.add_host(world.external.address(), "far.example")?;
+    let mut command = pair.ratings.machine.command(binary("onboarding-testkit")?);
+    command.args(["echo", "--listen", "127.0.0.1:9000"]);
+    let echo = Process::start("echo", command, None)?;
+    echo.wait_for_line(Duration::from_secs(10), |line| line.starts_with("listening on"))?;
+
+    let (ratings, productpage) = (world.manifest("ratings.yaml")?, world.manifest("productpage.yaml")?);
+    let ingress = "  - defaultEndpoint: 127.0.0.1:9000\n    port: {name: tcp, number: 9000, protocol: TCP}\n  egress:";
+    let egress = "  egress:\n  - bind: 127.0.0.3\n    port: {name: tcp, number: 9000, protocol: TCP}\n    hosts: [./*]";
+    world.write_manifest("ratings.yaml", &ratings.replacen("  egress:", ingress, 1))?;
+    world.write_manifest("productpage.yaml", &productpage.replacen("  egress:", egress, 1))?;
+    world.write_manifest("more.yaml", MORE)?;
+    let seen = (|| {
+        // bash's /dev/tcp: what comes back is what was sent.
+        let echo = "exec 3<>/dev/tcp/127.0.0.3/9000; echo 'not HTTP' >&3; head -n 1 <&3";
+        until("the echo comes back", Duration::from_secs(10), || {
+            let answer = pair.productpage.machine.check("timeout", ["3", "bash", "-c", echo])?;
+            ensure!(answer == "not HTTP\n", "{answer:?}");
+            Ok(())
+        })?;
+        until("the name of DNS is reached", Duration::from_secs(10), || {
+            let answer = pair.productpage.call("api.example.net:8080")?;
+            ensure!(answer.application == "example.org" && answer.host.starts_with("api.example.net"), "{answer:?}");
+            Ok(())
+        })?;
+        // Without the mesh's certificate nobody gets to it.
+        let around =
+            format!("exec 3<>/dev/tcp/{}/9000; echo 'not TLS' >&3; head -n 1 <&3", pair.ratings.machine.address());
+        let answer = pair.productpage.machine.check("timeout", ["3", "bash", "-c", &around]).unwrap_or_default();
+        ensure!(!answer.contains("not TLS"), "plain TCP reached the application");
+        Ok(())
+    })();
+    world.write_manifest("ratings.yaml", &ratings)?;
+    world.write_manifest("productpage.yaml", &productpage)?;
+    world.remove_manifest("more.yaml")?;
+    seen?;
+    until("the listener is gone again", Duration::from_secs(10), || {
+        let open = pair.productpage.machine.check("ss", ["-Hltn"])?;
+        ensure!(!open.contains("127.0.0.3:9000"), "{open}");
+        Ok(())
+    })?;
+    world.keep(pair);
+    Ok(())
+}
+
+const MORE: &str = "apiVersion: v1
+kind: Service
+metadata:
+  name: echo
+  namespace: bookinfo
+spec:
+  selector:
+    app: ratings
+  ports:
+  - name: tcp-echo
+    port: 9000
+---
+apiVersion: networking.istio.io/v1beta1
+kind: ServiceEntry
+metadata:
+  name: api-example-net
+  namespace: bookinfo
+spec:
+  hosts:
+  - api.example.net
+  location: MESH_EXTERNAL
+  ports:
+  - name: http
+    number: 8080
+    protocol: HTTP
+  resolution: DNS
+  endpoints:
+  - address: far.example
+";
 
 fn refused_then_admitted(world: &mut World) -> anyhow::Result<()> {
     let mut vm = world.vm("vm3", 13, "ratings", Evidence::ec2("i-0fedcba9876543210", "details-role"))?;
