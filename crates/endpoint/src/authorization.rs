@@ -11,7 +11,7 @@ use onboarding_core::group::WorkloadGroup;
 use onboarding_core::identity::{Attested, Identity, Thumbprint};
 use onboarding_core::name::{GroupName, RegistrationName, is_resource_name, registration_name};
 use onboarding_core::policy::Decision;
-use onboarding_core::registration::{LONGEST_TOKEN_LIFE, admits_key};
+use onboarding_core::registration::admits_key;
 use onboarding_core::token::{Claims, lifetime};
 use onboarding_wire::convert::group_name;
 use onboarding_wire::onboarding as pb;
@@ -137,7 +137,7 @@ impl Case<'_> {
         let name = self.registration.insert(name).clone();
         let state = self.authority.lifecycle.load(&name).await.map_err(registry_status)?;
         admits_key(&state, key, attested.replay, self.now).map_err(|refusal| refusal_status(&refusal, Some(&name)))?;
-        let (issued_at, expires_at) = lifetime(&state, self.now, plane.token_life.min(LONGEST_TOKEN_LIFE));
+        let (issued_at, expires_at) = lifetime(&state, self.now, plane.token_life);
         let claims = Claims {
             plane_uid: plane.uid.clone(),
             subject: name,

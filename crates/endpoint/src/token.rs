@@ -335,3 +335,157 @@ impl TryFrom<Wire> for Claims {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use onboarding_core::identity::Thumbprint;
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+    #[derive(Default)]
+    struct Keys {
+        held: std::sync::Mutex<(Vec<u8>, u64)>,
+        broken: AtomicBool,
+        loads: AtomicUsize,
+    }
+
+    #[async_trait::async_trait]
+    impl KeyStore for Keys {
+        async fn load(&self) -> Result<(Vec<u8>, u64), RegistryError> {
+            self.loads.fetch_add(1, Ordering::SeqCst);
+            Ok(self.held.lock().unwrap().clone())
+        }
+        async fn store(&self, expected: u64, keys: &[u8]) -> Result<u64, RegistryError> {
+            if self.broken.load(Ordering::SeqCst) {
+                return Err(RegistryError::Unavailable("the disk is full".to_owned()));
+            }
+            let mut held = self.held.lock().unwrap();
+            if held.1 != expected {
+                return Err(RegistryError::Conflict);
+            }
+            *held = (keys.to_vec(), expected + 1);
+            Ok(held.1)
+        }
+    }
+
+    const HOUR: i64 = 3600;
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    fn claims(issued_at: Timestamp) -> Claims {
+        let identity = serde_json::json!({"jwt": {"issuer": "https://mycompany.corp", "subject": "vm007"}});
+        Claims {
+            plane_uid: "plane".to_owned(),
+            subject: RegistrationName { namespace: "bookinfo".to_owned(), name: "ratings-1".to_owned() },
+            issued_at,
+            expires_at: issued_at.checked_add(LONGEST_TOKEN_LIFE).unwrap(),
+            id: "1".to_owned(),
+            attested: Attested {
+                identity: from_json(&identity, &[]).unwrap(),
+                issuer_short_name: Some("my-corp".to_owned()),
+                replay: Replay::Until(at(9)),
+            },
+            group: GroupName { namespace: "bookinfo".to_owned(), name: "ratings".to_owned() },
+            key: Thumbprint([7; 32]),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_token_says_what_was_signed() {
+        let tokens = Tokens::open(Arc::<Keys>::default(), at(0)).await.unwrap();
+        for replay in [Replay::BoundToKey, Replay::Until(at(1_000_000)), Replay::Forever] {
+            let mut claims = claims(at(0));
+            claims.attested.replay = replay;
+            assert_eq!(tokens.read(&tokens.sign(&claims).unwrap()).await.unwrap(), claims);
+        }
+    }
+
+    #[tokio::test]
+    async fn keys_rotate_and_the_old_ones_verify_for_as_long_as_their_tokens_live() {
+        let keys = Arc::<Keys>::default();
+        let tokens = Tokens::open(keys.clone(), at(0)).await.unwrap();
+        let kid = |token: &str| decode_header(token).unwrap().kid.unwrap();
+        let first = tokens.sign(&claims(at(23 * HOUR))).unwrap();
+        tokens.rotate(at(23 * HOUR)).await.unwrap();
+        assert_eq!(kid(&tokens.sign(&claims(at(23 * HOUR))).unwrap()), kid(&first));
+        tokens.rotate(at(24 * HOUR)).await.unwrap();
+        assert_ne!(kid(&tokens.sign(&claims(at(24 * HOUR))).unwrap()), kid(&first));
+        tokens.rotate(at(71 * HOUR)).await.unwrap();
+        tokens.read(&first).await.unwrap();
+        tokens.rotate(at(72 * HOUR)).await.unwrap();
+        let refused = tokens.read(&first).await.unwrap_err().to_string();
+        assert!(refused.contains("ours no longer"), "{refused}");
+        // Another replica reads what this one signs, also with a key that it hasn't seen.
+        let other = Tokens::open(keys, at(72 * HOUR)).await.unwrap();
+        tokens.rotate(at(100 * HOUR)).await.unwrap();
+        other.read(&tokens.sign(&claims(at(100 * HOUR))).unwrap()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_key_that_can_not_be_replaced_signs_on_for_a_while() {
+        let keys = Arc::<Keys>::default();
+        let tokens = Tokens::open(keys.clone(), at(0)).await.unwrap();
+        keys.broken.store(true, Ordering::SeqCst);
+        tokens.rotate(at(30 * HOUR)).await.unwrap_err();
+        let late = tokens.sign(&claims(at(47 * HOUR))).unwrap();
+        // Its tokens are good until their end.
+        keys.broken.store(false, Ordering::SeqCst);
+        tokens.rotate(at(71 * HOUR)).await.unwrap();
+        tokens.read(&late).await.unwrap();
+        let old = Tokens { store: keys.clone(), ring: ArcSwap::default(), reloaded: Default::default() };
+        old.reload().await.unwrap();
+        let refused = old.sign(&claims(at(71 * HOUR + 48 * HOUR))).unwrap_err().to_string();
+        assert!(refused.contains("no key that may sign"), "{refused}");
+    }
+
+    #[tokio::test]
+    async fn a_flood_of_unknown_keys_asks_the_store_once_a_second() {
+        let keys = Arc::<Keys>::default();
+        let tokens = Tokens::open(keys.clone(), at(0)).await.unwrap();
+        let strange = Tokens::open(Arc::<Keys>::default(), at(0)).await.unwrap().sign(&claims(at(0))).unwrap();
+        let started = Instant::now();
+        let before = keys.loads.load(Ordering::SeqCst);
+        for _ in 0..100 {
+            tokens.read(&strange).await.unwrap_err();
+        }
+        let loads = keys.loads.load(Ordering::SeqCst) - before;
+        assert!(loads <= 1 + started.elapsed().as_secs() as usize, "{loads} loads");
+    }
+
+    #[tokio::test]
+    async fn what_is_not_ours_is_refused() {
+        let keys = Arc::<Keys>::default();
+        let tokens = Tokens::open(keys.clone(), at(0)).await.unwrap();
+        let good = tokens.sign(&claims(at(0))).unwrap();
+        let [header, payload, signature] = good.split('.').collect::<Vec<_>>()[..] else { panic!("{good}") };
+        let encoded = |text: String| URL_SAFE_NO_PAD.encode(text);
+        let kid = decode_header(&good).unwrap().kid.unwrap();
+        let none = encoded(format!(r#"{{"alg":"none","typ":"JWT","kid":"{kid}"}}"#));
+        let hmac = encoded(format!(r#"{{"alg":"HS256","typ":"JWT","kid":"{kid}"}}"#));
+        let mut changed = URL_SAFE_NO_PAD.decode(payload).unwrap();
+        let place = changed.windows(7).position(|window| window == b"ratings").unwrap();
+        changed[place] = b'R';
+        for (token, words) in [
+            (format!("{none}.{payload}."), "it is no JWT"),
+            (format!("{hmac}.{payload}.{signature}"), "signature is wrong"),
+            (format!("{header}.{}.{signature}", URL_SAFE_NO_PAD.encode(changed)), "signature is wrong"),
+            (format!("{header}.{payload}."), "signature is wrong"),
+            (format!("{good}{}", "x".repeat(LONGEST_TOKEN)), "too long"),
+        ] {
+            let refused = tokens.read(&token).await.unwrap_err().to_string();
+            assert!(refused.contains(words), "{refused} instead of {words}");
+        }
+        tokens.read(&good).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn damaged_keys_are_neither_used_nor_replaced() {
+        let keys = Arc::<Keys>::default();
+        *keys.held.lock().unwrap() = (b"nonsense".to_vec(), 3);
+        let refused = Tokens::open(keys.clone(), at(0)).await.map(|_| ()).unwrap_err().to_string();
+        assert!(refused.contains("damaged"), "{refused}");
+        assert_eq!(*keys.held.lock().unwrap(), (b"nonsense".to_vec(), 3));
+    }
+}
