@@ -412,15 +412,16 @@ mod tests {
         assert_eq!(kid(&tokens.sign(&claims(at(23 * HOUR))).unwrap()), kid(&first));
         tokens.rotate(at(24 * HOUR)).await.unwrap();
         assert_ne!(kid(&tokens.sign(&claims(at(24 * HOUR))).unwrap()), kid(&first));
-        tokens.rotate(at(71 * HOUR)).await.unwrap();
+        let end = i64::try_from(VERIFIES_FOR.as_secs()).unwrap();
+        tokens.rotate(at(end - 1)).await.unwrap();
         tokens.read(&first).await.unwrap();
-        tokens.rotate(at(72 * HOUR)).await.unwrap();
+        tokens.rotate(at(end)).await.unwrap();
         let refused = tokens.read(&first).await.unwrap_err().to_string();
         assert!(refused.contains("ours no longer"), "{refused}");
         // Another replica reads what this one signs, also with a key that it hasn't seen.
-        let other = Tokens::open(keys, at(72 * HOUR)).await.unwrap();
-        tokens.rotate(at(100 * HOUR)).await.unwrap();
-        other.read(&tokens.sign(&claims(at(100 * HOUR))).unwrap()).await.unwrap();
+        let other = Tokens::open(keys, at(end)).await.unwrap();
+        tokens.rotate(at(end + 25 * HOUR)).await.unwrap();
+        other.read(&tokens.sign(&claims(at(end + 25 * HOUR))).unwrap()).await.unwrap();
     }
 
     #[tokio::test]
@@ -432,11 +433,12 @@ mod tests {
         let late = tokens.sign(&claims(at(47 * HOUR))).unwrap();
         // Its tokens are good until their end.
         keys.broken.store(false, Ordering::SeqCst);
-        tokens.rotate(at(71 * HOUR)).await.unwrap();
+        let end = i64::try_from(LONGEST_TOKEN_LIFE.as_secs()).unwrap() + 47 * HOUR;
+        tokens.rotate(at(end)).await.unwrap();
         tokens.read(&late).await.unwrap();
         let old = Tokens { store: keys.clone(), ring: ArcSwap::default(), reloaded: Default::default() };
         old.reload().await.unwrap();
-        let refused = old.sign(&claims(at(71 * HOUR + 48 * HOUR))).unwrap_err().to_string();
+        let refused = old.sign(&claims(at(end + 48 * HOUR))).unwrap_err().to_string();
         assert!(refused.contains("no key that may sign"), "{refused}");
     }
 
