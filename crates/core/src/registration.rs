@@ -248,7 +248,7 @@ impl KeyMemory {
 
 /// How long the end of a registration is remembered when no key has to be: no token of before it lives longer, as
 /// [`crate::token::lifetime`] gives none a longer life, whatever is configured.
-pub const LONGEST_TOKEN_LIFE: Duration = Duration::from_secs(24 * 60 * 60);
+pub const LONGEST_TOKEN_LIFE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
 /// What an event makes of a state. `grace`: how long an entry outlives its agent's connection.
 pub fn step(state: &State, event: Event, now: Timestamp, grace: Duration) -> Result<Step, Refusal> {

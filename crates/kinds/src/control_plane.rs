@@ -3,6 +3,7 @@
 use crate::fault::shown;
 use crate::reader::{Item, Map};
 use crate::syntax;
+use onboarding_core::registration::LONGEST_TOKEN_LIFE;
 use std::collections::HashSet;
 use std::time::Duration;
 
@@ -76,7 +77,15 @@ fn onboarding(item: &Item<'_>) -> Option<Onboarding> {
     }
     let uid = onboarding.optional_as("uid", uid);
     let token_expiration = onboarding.inner(&["tokenIssuer", "jwt"], |jwt| {
-        jwt.optional("expiration").and_then(|item| item.duration(Duration::from_nanos(1)))
+        let item = jwt.optional("expiration")?;
+        let expiration = item.duration(Duration::from_nanos(1))?;
+        if expiration > LONGEST_TOKEN_LIFE {
+            item.warn(format!(
+                "no token lives longer than {} hours, whatever is said here",
+                LONGEST_TOKEN_LIFE.as_secs() / 3600
+            ));
+        }
+        Some(expiration)
     });
     let local_repository = onboarding.optional("localRepository").and_then(|item| item.map());
     let has_local_repository = local_repository.is_some();

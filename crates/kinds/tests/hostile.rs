@@ -167,6 +167,11 @@ fn what_is_unwise_is_a_warning() {
         assert!(manifests.faults.is_empty(), "{:?}", manifests.faults);
         assert_eq!(!manifests.warnings.is_empty(), warns, "{delay}");
     }
+    for (life, warns) in [("1h", false), ("720h", false), ("721h", true)] {
+        let manifests = manifest::read("f.yaml", &plane.replace("expiration: 1h30m", &format!("expiration: {life}")));
+        assert!(manifests.faults.is_empty(), "{:?}", manifests.faults);
+        assert_eq!(!manifests.warnings.is_empty(), warns, "{life}");
+    }
     let manifests = manifest::read("f.yaml", &plane.replace("    onboarding:\n", "    onbording:\n"));
     assert!(manifests.faults.is_empty());
     assert_eq!(manifests.warnings[0].message, "isn't known here; did you mean onboarding?");
