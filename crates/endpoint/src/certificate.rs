@@ -71,22 +71,32 @@ impl Certificates {
                 }
                 self.current.store(Some(Arc::new(certificate.key)));
                 self.expiry.set(certificate.not_after.as_second());
-                let advice = certificate.advice;
-                if let Some(advice) = &advice {
-                    tracing::warn!(advice, "agents will not accept the endpoint's certificate");
-                }
-                self.fault.store(advice.map(Arc::new));
                 readiness.ready(CERTIFICATE);
-                return;
+                certificate.advice.map(|advice| format!("agents will not accept the endpoint's certificate: {advice}"))
             }
-            Some(Err(error)) => format!("the certificate of the Secret can't be used: {error:#}"),
-            None => "there is no Secret of type kubernetes.io/tls with the name in spec.meshExpansion.onboarding.endpoint.secretName".to_owned(),
+            Some(Err(error)) => {
+                let fault = format!("the certificate of the Secret can't be used: {error:#}");
+                self.keep(&fault, readiness);
+                Some(fault)
+            }
+            None => {
+                // The configuration says itself that the Secret is missing.
+                let named = "spec.meshExpansion.onboarding.endpoint.secretName";
+                self.keep(&format!("there is no Secret of type kubernetes.io/tls with the name in {named}"), readiness);
+                None
+            }
         };
-        if self.current.load().is_none() {
-            readiness.missing(CERTIFICATE, fault.clone());
+        let before = self.fault.swap(fault.clone().map(Arc::new));
+        if let Some(fault) = fault.filter(|fault| before.as_deref() != Some(fault)) {
+            tracing::error!(fault, "the endpoint's certificate has a fault; one that could be used stays in use");
         }
-        tracing::error!(fault, "the endpoint has no new certificate; one that it had stays in use");
-        self.fault.store(Some(Arc::new(fault)));
+    }
+
+    /// A certificate that is in use stays so.
+    fn keep(&self, fault: &str, readiness: &Readiness) {
+        if self.current.load().is_none() {
+            readiness.missing(CERTIFICATE, fault);
+        }
     }
 }
 

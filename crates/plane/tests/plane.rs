@@ -1,0 +1,131 @@
+//! The program as its operator meets it: what it prints, what it serves, how it ends.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "all of it is tests")]
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Child, ChildStderr, Command, Output, Stdio};
+
+fn command() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_onboarding-plane"))
+}
+
+fn run(args: &[&str]) -> Output {
+    command().args(args).output().unwrap()
+}
+
+/// A plane on free ports; killed with this value.
+struct Plane {
+    child: Child,
+    log: BufReader<ChildStderr>,
+    seen: String,
+}
+
+impl Plane {
+    fn start(dir: &Path, more: &[&str]) -> Self {
+        std::fs::create_dir_all(dir.join("manifests")).unwrap();
+        let mut child = command()
+            .arg("standalone")
+            .args(["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--log-format", "json"])
+            .arg("--manifests")
+            .arg(dir.join("manifests"))
+            .arg("--data-dir")
+            .arg(dir.join("data"))
+            .args(more)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let log = BufReader::new(child.stderr.take().unwrap());
+        Self { child, log, seen: String::new() }
+    }
+
+    /// Reads the log up to the line with this message; its fields.
+    fn line(&mut self, message: &str) -> serde_json::Value {
+        loop {
+            let mut line = String::new();
+            assert!(self.log.read_line(&mut line).unwrap() > 0, "no {message:?} in\n{}", self.seen);
+            self.seen.push_str(&line);
+            let fields: serde_json::Value = serde_json::from_str(&line).unwrap();
+            if fields["message"] == message {
+                return fields;
+            }
+        }
+    }
+
+    fn terminate(mut self) -> Option<i32> {
+        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM).unwrap();
+        self.child.wait().unwrap().code()
+    }
+}
+
+impl Drop for Plane {
+    fn drop(&mut self) {
+        // Nothing to do for one that has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn get(address: &str, path: &str) -> String {
+    let mut stream = TcpStream::connect(address).unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: plane\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+#[test]
+fn it_says_how_it_is_set_up_and_what_is_missing_and_ends_when_it_is_told_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut plane = Plane::start(dir.path(), &["--grace-period", "90s"]);
+    let configuration = plane.line("starting")["configuration"].to_string();
+    assert!(configuration.contains("grace_period: 90s"), "{configuration}");
+    plane.line("the endpoint listens");
+    let address = plane.line("metrics and readiness are served")["address"].as_str().unwrap().to_owned();
+    assert!(get(&address, "/healthz").starts_with("HTTP/1.1 200"));
+    let ready = get(&address, "/readyz");
+    assert!(ready.starts_with("HTTP/1.1 503"), "{ready}");
+    assert!(ready.contains("\r\ncertificate: there is no Secret") || ready.contains("\ncertificate: "), "{ready}");
+    assert!(ready.contains("controlPlane: there is no valid ControlPlane"), "{ready}");
+    assert!(get(&address, "/metrics").contains("onboarding_sessions 0"));
+    assert!(dir.path().join("data/admin.sock").exists());
+    // A second one doesn't share the data directory.
+    let mut second = Plane::start(dir.path(), &[]);
+    let mut log = String::new();
+    second.log.read_to_string(&mut log).unwrap();
+    assert!(log.contains("another plane uses the data directory"), "{log}");
+    assert_eq!(second.child.wait().unwrap().code(), Some(1));
+    assert_eq!(plane.terminate(), Some(0));
+    assert!(!dir.path().join("data/admin.sock").exists());
+}
+
+#[test]
+fn it_warns_of_whom_it_believes_besides_aws() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut plane = Plane::start(dir.path(), &["--aws-sts-endpoint", "http://127.0.0.1:1"]);
+    let warning = plane.line("STS is not asked at AWS: whoever answers there decides who has which role");
+    assert_eq!((&warning["level"], &warning["endpoint"]), (&"WARN".into(), &"http://127.0.0.1:1".into()));
+}
+
+#[test]
+fn an_option_that_can_not_be_used_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut plane = Plane::start(dir.path(), &["--jwks-extra-roots", "/nonexistent.pem"]);
+    let mut log = String::new();
+    plane.log.read_to_string(&mut log).unwrap();
+    assert!(log.contains("reading /nonexistent.pem"), "{log}");
+    assert_eq!(plane.child.wait().unwrap().code(), Some(1));
+
+    let output = run(&["standalone", "--manifests", "x", "--grace-period", "5 minutes"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("--grace-period"));
+}
+
+#[test]
+fn completions_are_printed() {
+    let output = run(&["completions", "bash"]);
+    assert!(output.status.success());
+    assert!(String::from_utf8_lossy(&output.stdout).contains("--data-dir"));
+}
