@@ -23,7 +23,7 @@ use sd_notify::NotifyState;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{OnceCell, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -73,7 +73,8 @@ struct Driver {
     keeper: mpsc::UnboundedSender<keeper::Command>,
     /// Opened at the first use: recognising a platform may fail, and is tried again.
     host: Option<Arc<dyn Host>>,
-    sidecar_version: String,
+    /// Asked of the binary while the first connection is made; the sidecar's start doesn't wait for it.
+    sidecar_version: Arc<OnceCell<String>>,
 
     connection: u64,
     /// Of the connection; aborted with it.
@@ -131,20 +132,12 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<
     let endpoint = Endpoint::new(&settings.configuration.onboarding, &settings.trust)?;
     let store = Store::open(&settings.state_directory)?;
     let key = Arc::new(AgentKey::load_or_create(&store.key_path())?);
-    let sidecar_version = match crate::version::envoy(&settings.binary).await {
-        Ok(version) => version,
-        Err(error) => {
-            tracing::warn!(error = %error, "the sidecar's version is unknown");
-            String::new()
-        }
-    };
     tracing::info!(
         agent_version = env!("CARGO_PKG_VERSION"),
         key = %key.thumbprint(),
         trusted_cas = settings.trust.described,
         state_directory = %settings.state_directory.display(),
         sidecar = %settings.binary.display(),
-        sidecar_version,
         "the agent starts"
     );
     let (news, mut incoming) = mpsc::channel(64);
@@ -161,8 +154,9 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<
     owned.spawn(keeper::keep(options, commands, keeper_news));
     owned.spawn(forward(keeper_incoming, news.clone(), News::Keeper));
 
-    let mut driver = Driver::new(settings, endpoint, store, key, news, keeper, sidecar_version);
+    let mut driver = Driver::new(settings, endpoint, store, key, news, keeper);
     driver.happened(Event::Begin);
+    driver.ask_version();
     let mut asked_to_stop = false;
     while driver.state.phase != Phase::Stopped {
         let sleep = driver.sleep();
@@ -183,6 +177,20 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<
     Ok(())
 }
 
+/// Empty: unknown.
+async fn sidecar_version(binary: &std::path::Path) -> String {
+    match crate::version::envoy(binary).await {
+        Ok(version) => {
+            tracing::info!(version, "the sidecar's version is known");
+            version
+        }
+        Err(error) => {
+            tracing::warn!(error = %error, "the sidecar's version is unknown");
+            String::new()
+        }
+    }
+}
+
 async fn forward<T>(mut from: mpsc::Receiver<T>, to: mpsc::Sender<Envelope>, wrap: fn(T) -> News) {
     while let Some(item) = from.recv().await {
         if to.send(Envelope { connection: None, news: wrap(item) }).await.is_err() {
@@ -199,7 +207,6 @@ impl Driver {
         key: Arc<AgentKey>,
         news: mpsc::Sender<Envelope>,
         keeper: mpsc::UnboundedSender<keeper::Command>,
-        sidecar_version: String,
     ) -> Self {
         let (token, held, identity) = (store.token(), store.boot().map(Arc::new), store.identity());
         let state = State::new(
@@ -224,7 +231,7 @@ impl Driver {
             news,
             keeper,
             host: None,
-            sidecar_version,
+            sidecar_version: Arc::default(),
             connection: 0,
             tasks: JoinSet::new(),
             link: None,
@@ -241,6 +248,13 @@ impl Driver {
             said: String::new(),
             shown: None,
         }
+    }
+
+    fn ask_version(&mut self) {
+        let (version, binary) = (self.sidecar_version.clone(), self.settings.binary.clone());
+        self.tasks.spawn(async move {
+            version.get_or_init(|| sidecar_version(&binary)).await;
+        });
     }
 
     fn sleep(&self) -> Duration {
@@ -513,11 +527,8 @@ impl Driver {
                 self.ask_keeper(keeper::Command::Stop);
             }
             Effect::WatchApplication => self.watch_application(),
-            Effect::ReportHealth => {
-                if let Some(health) = &self.state.health {
-                    let health = pb::Health { ready: health.ready, message: health.message.clone() };
-                    self.say(pb::agent_message::Message::Health(health));
-                }
+            Effect::ReportHealth(machine::Health { ready, message }) => {
+                self.say(pb::agent_message::Message::Health(pb::Health { ready, message }));
             }
             Effect::ForgetToken => {
                 self.token = None;
@@ -651,7 +662,7 @@ impl Driver {
     fn register(&mut self, prove: bool) {
         let (Some(link), Some(token)) = (self.link.clone(), self.token.clone()) else { return };
         let proof = self.discovery.take().filter(|_| prove);
-        let (witness, version) = (self.witness(), self.sidecar_version.clone());
+        let (witness, version, binary) = (self.witness(), self.sidecar_version.clone(), self.settings.binary.clone());
         self.spawn(async move {
             let addresses = match witness.addresses().await {
                 Ok(addresses) => addresses,
@@ -664,7 +675,8 @@ impl Driver {
                     });
                 }
             };
-            let registration = registration(&witness.configuration, addresses, version);
+            let version = version.get_or_init(|| sidecar_version(&binary)).await;
+            let registration = registration(&witness.configuration, addresses, version.clone());
             match link.register(&witness.key, &token, registration, proof.as_ref()).await {
                 Ok(name) => {
                     tracing::info!(registration = name, "registered");
@@ -869,7 +881,7 @@ fn token_facts(token: &StoredToken) -> Token {
 }
 
 fn boot_facts(boot: &HeldBoot) -> Boot {
-    Boot { version: boot.version.clone(), spiffe_id: boot.spiffe_id.clone() }
+    Boot { version: boot.version.clone(), spiffe_id: boot.spiffe_id.clone(), probed: boot.probe.is_some() }
 }
 
 fn session_end(reason: pb::session_end::Reason) -> SessionEnd {
