@@ -201,7 +201,7 @@ fn broken_then_mended(world: &mut World) -> anyhow::Result<()> {
     let broken = (|| {
         pair.ratings
             .agent()?
-            .wait_for_line_since(mark, Duration::from_secs(2), |line| line.to_lowercase().contains("read"))?;
+            .wait_for_line_since(mark, Duration::from_secs(2), |line| line.contains("PolicyUnreadable"))?;
         let unready = until("the plane says what is wrong", Duration::from_secs(5), || {
             let faults = world.plane()?.lines_since(Default::default());
             ensure!(
