@@ -89,7 +89,15 @@ fn it_says_how_it_is_set_up_and_what_is_missing_and_ends_when_it_is_told_to() {
     assert!(ready.starts_with("HTTP/1.1 503"), "{ready}");
     assert!(ready.contains("\r\ncertificate: there is no Secret") || ready.contains("\ncertificate: "), "{ready}");
     assert!(ready.contains("controlPlane: there is no valid ControlPlane"), "{ready}");
-    assert!(get(&address, "/metrics").contains("onboarding_sessions 0"));
+    let metrics = get(&address, "/metrics");
+    assert!(metrics.contains("onboarding_sessions 0"));
+    // What the documents say nothing of can't be watched.
+    let documents = [include_str!("../../../docs/operations.md"), include_str!("../../../docs/standalone-mesh.md")];
+    for name in metrics.lines().filter_map(|line| line.strip_prefix("# HELP ")?.split(' ').next()) {
+        let group = ["onboarding_registry_", "onboarding_manifests_", "onboarding_mesh_"];
+        let known = documents.iter().any(|text| text.contains(name)) || group.iter().any(|it| name.starts_with(it));
+        assert!(known, "{name} is in no document");
+    }
     assert!(dir.path().join("data/admin.sock").exists());
     // A second one doesn't share the data directory.
     let mut second = Plane::start(dir.path(), &[]);
