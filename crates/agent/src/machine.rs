@@ -21,7 +21,10 @@ pub struct State {
     pub certificate: Option<Certificate>,
     pub boot: Option<Boot>,
     pub sidecar: Sidecar,
+    /// What the group's probe last said of the application.
     pub health: Option<Health>,
+    /// What this session has told the plane.
+    reported: Option<Health>,
     /// How far this host's clock is ahead of the plane's, where that is worth a warning.
     pub clock_skew: Option<SignedDuration>,
     renewal: Errand,
@@ -84,6 +87,8 @@ pub struct Certificate {
 pub struct Boot {
     pub version: String,
     pub spiffe_id: String,
+    /// The group has a probe.
+    pub probed: bool,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -94,7 +99,7 @@ pub enum Sidecar {
     NotLive { why: String },
 }
 
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Health {
     pub ready: bool,
     pub message: String,
@@ -228,7 +233,8 @@ pub enum Effect {
     StopSidecar,
     /// Probe the application as the boot configuration says.
     WatchApplication,
-    ReportHealth,
+    /// Whether this workload can serve, so that the mesh sends it requests, or none.
+    ReportHealth(Health),
     ForgetToken,
     /// And the certificate with it.
     ForgetBoot,
@@ -283,6 +289,7 @@ impl State {
             boot,
             sidecar: Sidecar::Absent,
             health: None,
+            reported: None,
             clock_skew: None,
             renewal: Errand::Idle,
             signing: Errand::Idle,
@@ -311,6 +318,18 @@ impl State {
         match (&self.certificate, &self.boot) {
             (Some(certificate), Some(boot)) => certificate.expires_at > now && certificate.spiffe_id == boot.spiffe_id,
             _ => false,
+        }
+    }
+
+    /// Whether this workload can serve: its sidecar listens, and its application says that it is ready, where it is asked.
+    pub fn workload_health(&self) -> Health {
+        let unready = |message: &str| Health { ready: false, message: message.to_owned() };
+        match (&self.sidecar, &self.boot, &self.health) {
+            (Sidecar::Absent | Sidecar::Starting, ..) => unready("the sidecar has not come up yet"),
+            (Sidecar::NotLive { why }, ..) => unready(&format!("the sidecar is not live: {why}")),
+            (Sidecar::Live, Some(Boot { probed: true, .. }), None) => unready("the application was not probed yet"),
+            (Sidecar::Live, Some(Boot { probed: true, .. }), Some(health)) => health.clone(),
+            (Sidecar::Live, ..) => Health { ready: true, message: String::new() },
         }
     }
 
@@ -369,6 +388,7 @@ pub fn step(state: &mut State, event: Event, now: Timestamp, delays: &mut dyn De
         Phase::Draining(_) => step.draining(event),
         _ => step.living(event),
     }
+    step.report_health();
     step.effects
 }
 
@@ -448,13 +468,23 @@ impl Step<'_> {
             Event::SidecarGone => {}
             Event::ProbeResult(health) => {
                 self.state.health = Some(health);
-                if self.state.phase == Phase::Connected {
-                    self.effects.push(Effect::ReportHealth);
-                }
             }
             Event::StopRequested => self.leave(),
             Event::Unregistered { .. } => {}
             Event::Tick => self.tick(),
+        }
+    }
+
+    /// Tells the plane when it changes, and once each session.
+    fn report_health(&mut self) {
+        if self.state.phase != Phase::Connected {
+            self.state.reported = None;
+            return;
+        }
+        let health = self.state.workload_health();
+        if self.state.reported.as_ref() != Some(&health) {
+            self.state.reported = Some(health.clone());
+            self.effects.push(Effect::ReportHealth(health));
         }
     }
 
@@ -566,9 +596,6 @@ impl Step<'_> {
         self.state.not_admitted_since = None;
         self.state.renewal = Errand::Idle;
         self.state.signing = Errand::Idle;
-        if self.state.health.is_some() {
-            self.effects.push(Effect::ReportHealth);
-        }
         // Asked for before the boot configuration comes: the plane decides the identity, and a round trip is saved.
         if self.state.certificate.is_none() || self.certificate_is_due() {
             self.request_certificate();

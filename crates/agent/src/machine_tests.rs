@@ -31,7 +31,7 @@ fn certificate(from: i64, to: i64) -> Certificate {
 }
 
 fn boot(version: &str) -> Boot {
-    Boot { version: version.to_owned(), spiffe_id: ID.to_owned() }
+    Boot { version: version.to_owned(), spiffe_id: ID.to_owned(), probed: true }
 }
 
 struct Agent {
@@ -90,10 +90,42 @@ fn a_first_join_goes_through_every_phase() {
     assert_eq!(agent.step(0, Event::EvidenceReady), [Effect::Authorize]);
     assert_eq!(agent.step(0, Event::Authorized(token(0, 3600))), [Effect::Register { prove: false }]);
     assert_eq!(agent.step(0, Event::Registered), [Effect::OpenSession { complete: true }]);
-    assert_eq!(agent.step(0, Event::SessionOpened), [Effect::RequestCertificate]);
+    assert_eq!(
+        agent.step(0, Event::SessionOpened),
+        [Effect::RequestCertificate, unready("the sidecar has not come up yet")]
+    );
     assert_eq!(agent.step(0, Event::BootReceived(boot("1"))), [Effect::WatchApplication]);
     assert_eq!(agent.step(0, Event::CertificateIssued(certificate(0, 86_400))), [Effect::StartSidecar]);
     assert_eq!(agent.step(1, Event::BootReceived(boot("2"))), [Effect::ApplyBoot, Effect::WatchApplication]);
+}
+
+fn unready(why: &str) -> Effect {
+    Effect::ReportHealth(Health { ready: false, message: why.to_owned() })
+}
+
+fn ready() -> Effect {
+    Effect::ReportHealth(Health { ready: true, message: String::new() })
+}
+
+#[test]
+fn a_workload_is_ready_when_its_sidecar_and_its_application_are() {
+    let mut agent = Agent::connected();
+    let probed = |ready| Event::ProbeResult(Health { ready, message: if ready { "" } else { "503" }.to_owned() });
+    assert_eq!(agent.step(1, probed(true)), [ready()]);
+    assert_eq!(agent.step(2, probed(true)), []);
+    assert_eq!(agent.step(3, probed(false)), [unready("503")]);
+    assert_eq!(agent.step(4, probed(true)), [ready()]);
+    let crashed = Event::SidecarNotLive { why: "it ended".to_owned() };
+    assert_eq!(agent.step(5, crashed), [unready("the sidecar is not live: it ended")]);
+    assert_eq!(agent.step(6, Event::SidecarLive), [ready()]);
+    // A new session is told again: its plane may have forgotten.
+    agent.step(7, lost());
+    assert_eq!(agent.state.workload_health(), Health { ready: true, message: String::new() });
+
+    let unasked = Boot { probed: false, ..boot("2") };
+    let mut agent = Agent::connected();
+    let effects = agent.step(1, Event::BootReceived(unasked));
+    assert_eq!(effects, [Effect::ApplyBoot, Effect::WatchApplication, ready()]);
 }
 
 #[test]
@@ -174,10 +206,14 @@ fn the_certificate_is_renewed_at_half_of_its_life() {
 #[test]
 fn a_new_identity_gets_a_new_certificate() {
     let mut agent = Agent::connected();
-    let other = Boot { version: "2".to_owned(), spiffe_id: "spiffe://cluster.local/ns/bookinfo/sa/other".to_owned() };
+    let other = Boot {
+        version: "2".to_owned(),
+        spiffe_id: "spiffe://cluster.local/ns/bookinfo/sa/other".to_owned(),
+        probed: false,
+    };
     assert_eq!(
         agent.step(1, Event::BootReceived(other)),
-        [Effect::ApplyBoot, Effect::RequestCertificate, Effect::WatchApplication]
+        [Effect::ApplyBoot, Effect::RequestCertificate, Effect::WatchApplication, ready()]
     );
 }
 
@@ -242,7 +278,7 @@ fn a_difference_to_another_base_asks_for_all_of_it() {
     let mut agent = Agent::connected();
     let unusable = Event::BootUnusable { why: "x".to_owned(), complete: true };
     assert_eq!(agent.step(1, unusable), [Effect::OpenSession { complete: true }]);
-    assert_eq!(agent.step(1, Event::SessionOpened), []);
+    assert_eq!(agent.step(1, Event::SessionOpened), [unready("the application was not probed yet")]);
     assert_eq!(agent.state.sidecar, Sidecar::Live);
 }
 
@@ -451,6 +487,10 @@ proptest! {
         events.extend(history.iter().map(|(pause, index)| (*pause, index.get(&seeds).clone())));
         for (index, (pause, event)) in events.into_iter().enumerate() {
             now += pause;
+            // A goodbye is a matter of seconds: its driver wakes at each of its moments.
+            while let Some(due) = agent.state.wakes_at().filter(|due| stop_asked.is_some() && *due <= at(now)) {
+                agent.step(due.duration_since(at(0)).as_secs(), Event::Tick);
+            }
             // Lives count from when they are given.
             let event = match event {
                 Event::Authorized(t) => {

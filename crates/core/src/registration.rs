@@ -113,7 +113,7 @@ pub enum DisconnectReason {
     PlaneRestarted,
 }
 
-/// What the application's probe says; without a probe it is ready.
+/// Whether the workload can serve: its sidecar is up and its application ready, as its agent says. Until then it gets no requests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Health {
     pub ready: bool,
@@ -285,6 +285,8 @@ impl Ended {
     }
 }
 
+const NOT_UP: &str = "the sidecar has not come up yet";
+
 fn on_register(state: &State, register: Register, now: Timestamp) -> Result<Step, Refusal> {
     let Register { group, attested, key, report, token_issued_at, token_expires_at } = register;
     admits_key(state, key, attested.replay, now)?;
@@ -305,7 +307,7 @@ fn on_register(state: &State, register: Register, now: Timestamp) -> Result<Step
                 created_at: now,
                 token_expires_at,
                 connection: Connection::Disconnected { since: now, reason: DisconnectReason::NotYetConnected },
-                health: Health { ready: true, message: String::new() },
+                health: Health { ready: false, message: NOT_UP.to_owned() },
             };
             return Ok(Step::live(live, vec![Effect::PublishEntry]));
         }
