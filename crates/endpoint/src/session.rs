@@ -37,11 +37,13 @@ const LONGEST_HEALTH_MESSAGE: usize = 256;
 /// What a certificate request of any usual key stays below, in bytes.
 const LONGEST_CSR: usize = 16 * 1024;
 
-type Outgoing = mpsc::Sender<Result<pb::PlaneMessage, Status>>;
+/// Boxed: a channel holds room for 32 items from its first on, and of ten thousand sessions almost all have none to send.
+type Outgoing = mpsc::Sender<Box<pb::PlaneMessage>>;
+type ToAgents = BoxStream<'static, Result<pb::PlaneMessage, Status>>;
 
 #[tonic::async_trait]
 impl pb::session_service_server::SessionService for Calls {
-    type SessionStream = ReceiverStream<Result<pb::PlaneMessage, Status>>;
+    type SessionStream = ToAgents;
 
     async fn session(
         &self,
@@ -55,7 +57,7 @@ impl pb::session_service_server::SessionService for Calls {
 async fn open(
     authority: Arc<Authority>,
     mut request: Request<Streaming<pb::AgentMessage>>,
-) -> Result<ReceiverStream<Result<pb::PlaneMessage, Status>>, Status> {
+) -> Result<ToAgents, Status> {
     let connection = Connection::of(&request)?;
     let first = tokio::time::timeout(HELLO_WITHIN, request.get_mut().message())
         .await
@@ -93,7 +95,7 @@ async fn open(
         messages: Budget::new(MOST_MESSAGES, MINUTE),
     };
     tokio::spawn(session.run(request.into_inner(), boots));
-    Ok(ReceiverStream::new(stream))
+    Ok(ReceiverStream::new(stream).map(|message| Ok(*message)).boxed())
 }
 
 /// Puts the session on record, if a policy admits it still.
@@ -159,12 +161,12 @@ impl Session {
             tracing::info!(registration = %name, reason = reason.as_str_name(), "the session ends");
             let end = pb::SessionEnd { reason: reason.into(), message: message.to_owned() };
             let end = pb::PlaneMessage { message: Some(ToAgent::End(end)) };
-            let _ = tokio::time::timeout(GOODBYE_WITHIN, self.outgoing.send(Ok(end))).await;
+            let _ = tokio::time::timeout(GOODBYE_WITHIN, self.outgoing.send(Box::new(end))).await;
         }
         self.authority.lifecycle.sessions().closed(&self.session);
         if let Some(reason) = disconnect {
             let event = Event::Disconnect { session: self.session.clone(), reason };
-            if let Err(error) = self.authority.lifecycle.apply(name, event).await {
+            if let Err(error) = Box::pin(self.authority.lifecycle.apply(name, event)).await {
                 // It is found within a minute; whatever happens, the lease ends what is left.
                 tracing::warn!(registration = %name, %error, "the end of a connection could not be recorded");
             }
@@ -181,13 +183,14 @@ impl Session {
                 () = stop.cancelled() => return Over::Stopping,
                 () = tokio::time::sleep(expires_in) => return Over::TokenExpired,
                 message = incoming.message() => match message {
-                    Ok(Some(pb::AgentMessage { message: Some(message) })) => self.heard(message).await,
+                    // Boxed: what answering needs isn't kept by ten thousand idle sessions.
+                    Ok(Some(pb::AgentMessage { message: Some(message) })) => Box::pin(self.heard(message)).await,
                     Ok(Some(_)) => Err(Over::Lost("it sent a message that this plane doesn't know")),
                     Ok(None) => Err(Over::Lost("the agent closed it")),
                     Err(_) => Err(Over::Lost("it broke")),
                 },
                 boot = boots.next() => match boot {
-                    Some(Ok(boot)) => self.send(ToAgent::Boot(boot)).await,
+                    Some(Ok(boot)) => Box::pin(self.send(ToAgent::Boot(boot))).await,
                     Some(Err(error)) => {
                         tracing::error!(registration = %self.claims.subject, %error, "no boot configuration could be made");
                         Ok(())
@@ -283,9 +286,9 @@ impl Session {
     }
 
     async fn send(&mut self, message: ToAgent) -> Result<(), Over> {
-        let message = pb::PlaneMessage { message: Some(message) };
+        let message = Box::new(pb::PlaneMessage { message: Some(message) });
         tokio::select! {
-            sent = self.outgoing.send(Ok(message)) => sent.map_err(|_| Over::Lost("the agent closed it")),
+            sent = self.outgoing.send(message) => sent.map_err(|_| Over::Lost("the agent closed it")),
             reason = &mut self.ended => Err(ended(reason)),
             () = tokio::time::sleep(PATIENCE) => Err(Over::Lost("the agent takes no messages")),
         }

@@ -2,6 +2,7 @@
 //!
 //! No policy, no verification of evidence, no sockets.
 
+pub mod codec;
 pub mod convert;
 pub mod proof;
 pub mod xds;
