@@ -1,4 +1,4 @@
-//! The agent's loop: everything that happens is one [`News`], the machine says what to do about it, and this carries it out.
+//! The agent's loop: everything that happens is one `News`, the machine says what to do about it, and this carries it out.
 //!
 //! What takes time runs in tasks that this loop owns; each ends by itself in bounded time, or with the connection that it was for.
 
