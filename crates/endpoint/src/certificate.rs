@@ -155,3 +155,58 @@ pub(crate) fn acceptor(certificates: Arc<Certificates>) -> anyhow::Result<TlsAcc
     config.send_tls13_tickets = 0;
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use onboarding_testkit::oidc::make_tls;
+
+    fn material(names: &[&str]) -> TlsMaterial {
+        let made = make_tls(names).unwrap();
+        TlsMaterial { certificate_chain: made.certificate_chain, private_key: made.private_key }
+    }
+
+    fn snapshot(tls: Option<TlsMaterial>) -> Snapshot {
+        Snapshot { tls: tls.map(Arc::new), ..Snapshot::default() }
+    }
+
+    #[test]
+    fn a_certificate_for_another_name_is_served_and_said() {
+        let hosts = ["a.corp.example".to_owned(), "192.0.2.1".to_owned()];
+        let advice = |names: &[&str]| Certificate::read(&material(names), &hosts).unwrap().advice;
+        assert_eq!(advice(&["*.corp.example", "192.0.2.1"]), None);
+        let said = advice(&["a.corp.example"]).unwrap();
+        assert!(said.contains("192.0.2.1") && said.contains("renew the Secret"), "{said}");
+        let said = advice(&["b.corp.example", "192.0.2.1"]).unwrap();
+        assert!(said.contains("a.corp.example"), "{said}");
+    }
+
+    #[test]
+    fn what_can_not_be_used_leaves_what_could() {
+        let certificates = Certificates::new(Gauge::default());
+        let readiness = Readiness::default();
+        certificates.take(&snapshot(None), &readiness);
+        assert!(readiness.reasons()[0].starts_with("certificate: there is no Secret"), "{:?}", readiness.reasons());
+        let good = material(&["a.example"]);
+        let broken = [
+            (TlsMaterial { certificate_chain: String::new(), ..good.clone() }, "tls.crt"),
+            (TlsMaterial { private_key: "nonsense".to_owned(), ..good.clone() }, "tls.key is no PEM"),
+            (TlsMaterial { private_key: material(&["a.example"]).private_key, ..good.clone() }, "does not belong"),
+        ];
+        for (material, words) in broken {
+            certificates.take(&snapshot(Some(material)), &readiness);
+            let fault = certificates.fault().unwrap();
+            assert!(fault.contains(words), "{fault} instead of {words}");
+            assert!(certificates.current.load().is_none());
+        }
+        certificates.take(&snapshot(Some(good.clone())), &readiness);
+        assert_eq!((readiness.reasons(), certificates.fault()), (Vec::new(), None));
+        let held = certificates.current.load_full();
+        certificates.take(&snapshot(Some(TlsMaterial { private_key: String::new(), ..good })), &readiness);
+        assert!(certificates.fault().is_some());
+        assert!(readiness.reasons().is_empty());
+        assert!(Arc::ptr_eq(&held.unwrap(), &certificates.current.load_full().unwrap()));
+        certificates.take(&snapshot(None), &readiness);
+        assert!(certificates.current.load().is_some());
+    }
+}
