@@ -150,6 +150,8 @@ fn tell(story: &mut Story, world: &mut World, vms: &mut Vec<Vm>) -> anyhow::Resu
         because(&ended)
     ));
 
+    // Or the sidecar that is on its way out could be the one that answers below.
+    vm1.agent()?.wait_for_line_since(mark, Duration::from_secs(20), |line| line.contains("the sidecar is stopped"))?;
     world.write_manifest("ratings.yaml", &whole)?;
     let restored = Instant::now();
     until("VM 1 is back", Duration::from_secs(40), || {
