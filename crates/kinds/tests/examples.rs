@@ -1,8 +1,8 @@
 //! What is shipped is right: `examples/`, the demo's manifests, and what the documents show.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
+use onboarding_kinds::agent;
 use onboarding_kinds::manifest::{self, Manifest};
-use onboarding_kinds::{agent, identity};
 use std::path::PathBuf;
 
 fn root() -> PathBuf {
@@ -46,10 +46,6 @@ fn examples() {
         }
         "onboarding.config.yaml" => {
             assert_eq!(agent::read_onboarding_configuration(name, text).unwrap().port, 15443);
-            true
-        }
-        name if name.starts_with("identity-") => {
-            identity::read_identity_file(name, text).unwrap();
             true
         }
         _ => false,

@@ -36,7 +36,7 @@ fn world() -> (Dir, Plane) {
     for name in ["onboardingpolicy-narrow.yaml", "onboardingpolicy-jwt.yaml", "workloadgroup.yaml"] {
         dir.write(&format!("manifests/{name}"), example(name));
     }
-    dir.write("identity.yaml", example("identity-ec2.yaml"));
+    dir.write("identity.yaml", std::fs::read_to_string(root().join("docs/identities/ec2-role-claimed.yaml")).unwrap());
     let plane = Plane::start(&dir);
     let ec2 = json!({ "aws": {
         "partition": "aws",
