@@ -1,6 +1,7 @@
 //! What the endpoint needs of the world it runs in. `standalone` has it as files and SQLite, `kubernetes` as an API server and istiod.
 
 use async_trait::async_trait;
+use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use onboarding_attest::jwt::Issuer;
 use onboarding_core::group::WorkloadGroup;
@@ -78,6 +79,12 @@ pub trait Registry: Send + Sync + 'static {
 
     /// Everything that isn't `Absent`.
     async fn list(&self) -> Result<Vec<(RegistrationName, Stored)>, RegistryError>;
+
+    /// The names whose state may have become another without `store` of this process: another replica stored it, or somebody
+    /// deleted or edited the object. A name may come more often than that. For one listener; never ends where nobody else can write.
+    fn changes(&self) -> BoxStream<'static, RegistrationName> {
+        futures_util::stream::pending().boxed()
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +95,9 @@ pub enum RegistryError {
     /// The registry can't be written or read now (disk full, API server away); nothing was stored.
     #[error("the registry is unavailable: {0}")]
     Unavailable(String),
+    /// What is stored under this name isn't a registration that this plane made, and is left alone.
+    #[error("{0}")]
+    Foreign(String),
 }
 
 /// Which workload a sidecar is provisioned for.
@@ -128,11 +138,64 @@ pub trait KeyStore: Send + Sync + 'static {
     async fn store(&self, expected: u64, keys: &[u8]) -> Result<u64, RegistryError>;
 }
 
+/// The replicas of this endpoint.
+pub trait Fleet: Send + Sync + 'static {
+    /// Whether this replica does what one must do for all: end leases, forget what need not be remembered,
+    /// record that the sessions of a replica that is gone have ended.
+    fn leads(&self) -> watch::Receiver<bool>;
+
+    /// Whether the replica that is on record as holding a session is there. Of this replica: true.
+    fn is_there(&self, replica: &str) -> bool;
+}
+
+/// A fleet of one.
+#[derive(Debug, Clone)]
+pub struct Alone {
+    pub replica: String,
+}
+
+impl Fleet for Alone {
+    fn leads(&self) -> watch::Receiver<bool> {
+        watch::Sender::new(true).subscribe()
+    }
+    fn is_there(&self, replica: &str) -> bool {
+        replica == self.replica
+    }
+}
+
+/// A workload that was not let in, for those who look after its group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// As the agent named it; it may not exist.
+    pub group: GroupName,
+    /// What was proven of the host, in one line for people; absent where nothing was.
+    pub identity: Option<String>,
+    /// Stable, in CamelCase: `NotAuthorized`, `EvidenceRefused`, `NoSuchGroup`, `AnotherKey`, `ForeignRegistration`.
+    pub reason: &'static str,
+    /// Which rule failed on what, and the way out.
+    pub message: String,
+}
+
+/// Where operators are told. Must not wait: it is called between an agent's call and its answer.
+pub trait Notices: Send + Sync + 'static {
+    fn refused(&self, refused: Refused);
+}
+
+/// The log and the audit log say it all.
+#[derive(Debug, Clone, Copy)]
+pub struct LogOnly;
+
+impl Notices for LogOnly {
+    fn refused(&self, _: Refused) {}
+}
+
 /// The world as one endpoint sees it.
 #[derive(Clone)]
 pub struct Backend {
-    pub config: std::sync::Arc<dyn ConfigSource>,
-    pub registry: std::sync::Arc<dyn Registry>,
-    pub provisioner: std::sync::Arc<dyn Provisioner>,
-    pub keys: std::sync::Arc<dyn KeyStore>,
+    pub config: Arc<dyn ConfigSource>,
+    pub registry: Arc<dyn Registry>,
+    pub provisioner: Arc<dyn Provisioner>,
+    pub keys: Arc<dyn KeyStore>,
+    pub fleet: Arc<dyn Fleet>,
+    pub notices: Arc<dyn Notices>,
 }

@@ -179,7 +179,7 @@ impl Lifecycle {
                 self.failing.store(true, Ordering::Relaxed);
                 self.readiness.missing(REGISTRY, error.to_string());
             }
-            Ok(_) | Err(RegistryError::Conflict) => {
+            Ok(_) | Err(RegistryError::Conflict | RegistryError::Foreign(_)) => {
                 if self.failing.swap(false, Ordering::Relaxed) {
                     self.readiness.ready(REGISTRY);
                 }

@@ -4,7 +4,7 @@ use crate::args::{LogFormat, Standalone};
 use anyhow::Context;
 use onboarding_attest::Attestors;
 use onboarding_endpoint::audit::Audit;
-use onboarding_endpoint::backend::Backend;
+use onboarding_endpoint::backend::{Alone, Backend, LogOnly};
 use onboarding_endpoint::limits::Limits;
 use onboarding_runtime::{admin, descriptors, logs, readiness::Readiness, shutdown};
 use prometheus_client::registry::Registry;
@@ -56,7 +56,14 @@ async fn serve(args: Standalone) -> anyhow::Result<()> {
         limits: limits(&args),
         audit: audit(args.audit_log.unwrap_or_else(|| args.data_dir.join("audit.jsonl")).as_path())?,
     };
-    let backend = Backend { config, registry, provisioner, keys };
+    let backend = Backend {
+        config,
+        registry,
+        provisioner,
+        keys,
+        fleet: Arc::new(Alone { replica: REPLICA.to_owned() }),
+        notices: Arc::new(LogOnly),
+    };
     let endpoint =
         onboarding_endpoint::start(options, backend, attestors, &mut metrics, readiness.clone(), stop.clone()).await?;
     let (address, admin) = admin::serve(args.admin_listen, Arc::new(metrics), readiness, stop.clone())

@@ -1,8 +1,9 @@
 //! A running endpoint over a backend in memory, and an agent that can be told to misbehave.
 
+mod agent;
+
+pub use agent::*;
 use async_trait::async_trait;
-use aws_lc_rs::rand::SystemRandom;
-use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair};
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use onboarding_attest::Attestors;
@@ -18,27 +19,16 @@ use onboarding_endpoint::limits::Limits;
 use onboarding_endpoint::{Options, Running};
 use onboarding_runtime::readiness::Readiness;
 use onboarding_testkit::oidc::{self, Oidc};
-use onboarding_wire::JWT_CREDENTIAL;
 use onboarding_wire::onboarding as pb;
-use onboarding_wire::proof::{Purpose, signed_bytes};
-use pb::discovery_service_client::DiscoveryServiceClient;
-use pb::onboarding_authorization_service_client::OnboardingAuthorizationServiceClient;
-use pb::session_service_client::SessionServiceClient;
-use pb::workload_registration_service_client::WorkloadRegistrationServiceClient;
-use prost::Message;
-use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, ServerName};
+use rustls_pki_types::ServerName;
 use std::collections::HashMap;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::net::TcpStream;
-use tokio::sync::{mpsc, watch};
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Channel;
-use tonic::{Code, Request, Status, Streaming};
 
 pub const UID: &str = "https://onboarding-endpoint.your-company.corp";
 pub const HOST: &str = "onboarding-endpoint.your-company.corp";
@@ -164,7 +154,7 @@ pub struct Plane {
 }
 
 pub fn group() -> GroupName {
-    GroupName { namespace: "bookinfo".to_owned(), name: "ratings".to_owned() }
+    GroupName { namespace: GROUP.0.to_owned(), name: GROUP.1.to_owned() }
 }
 
 pub fn policy(issuer: &str) -> Policy {
@@ -264,6 +254,8 @@ impl Plane {
                 registry: registry.clone(),
                 provisioner: Arc::new(Bare),
                 keys: registry.clone(),
+                fleet: Arc::new(onboarding_endpoint::backend::Alone { replica: "plane-0".to_owned() }),
+                notices: Arc::new(onboarding_endpoint::backend::LogOnly),
             },
             Arc::new(Attestors::new(Default::default()).unwrap()),
             &mut metrics,
@@ -333,19 +325,13 @@ impl Plane {
             .unwrap()
     }
 
-    fn client_config(&self) -> Arc<rustls::ClientConfig> {
-        let mut roots = rustls::RootCertStore::empty();
-        for ca in CertificateDer::pem_slice_iter(self.roots.lock().unwrap().as_bytes()) {
-            roots.add(ca.unwrap()).unwrap();
-        }
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let mut config = rustls::ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        config.alpn_protocols = vec![b"h2".to_vec()];
-        Arc::new(config)
+    /// What trusts this plane.
+    pub fn client_config(&self) -> Arc<rustls::ClientConfig> {
+        self.client_of(rustls::ALL_VERSIONS)
+    }
+
+    pub fn client_of(&self, versions: &[&'static rustls::SupportedProtocolVersion]) -> Arc<rustls::ClientConfig> {
+        client_config(&self.roots.lock().unwrap(), versions)
     }
 
     /// The certificate that a new connection sees, PEM-free.
@@ -362,21 +348,7 @@ impl Plane {
 
     /// A connection of its own.
     pub async fn agent_with(&self, key: Key) -> Agent {
-        let (address, tls) = (self.address, self.client_config());
-        let connector = tower::service_fn(move |_: http::Uri| {
-            let tls = tls.clone();
-            async move {
-                let tcp = TcpStream::connect(address).await?;
-                let name = ServerName::try_from(HOST).map_err(std::io::Error::other)?;
-                let stream = tokio_rustls::TlsConnector::from(tls).connect(name, tcp).await?;
-                Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(stream))
-            }
-        });
-        let channel = tonic::transport::Endpoint::from_static("https://onboarding-endpoint.your-company.corp:15443")
-            .connect_with_connector(connector)
-            .await
-            .unwrap();
-        Agent { channel, key, token: String::new() }
+        connect(self.address, HOST, self.client_config(), key).await
     }
 
     pub async fn stop(mut self) {
@@ -385,180 +357,42 @@ impl Plane {
     }
 }
 
-// ---- the agent ----
-
-#[derive(Clone)]
-pub struct Key {
-    pair: Arc<EcdsaKeyPair>,
-    pub public: Vec<u8>,
-}
-
-impl Key {
-    pub fn new() -> Self {
-        let document = EcdsaKeyPair::generate_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &SystemRandom::new()).unwrap();
-        let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, document.as_ref()).unwrap();
-        use aws_lc_rs::encoding::{AsDer, PublicKeyX509Der};
-        let public: PublicKeyX509Der<'_> = pair.public_key().as_der().unwrap();
-        let public = public.as_ref().to_vec();
-        Self { pair: Arc::new(pair), public }
-    }
-
-    pub fn proof(&self, uid: &str, challenge: &[u8], purpose: Purpose<'_>) -> pb::KeyProof {
-        let signature = self.pair.sign(&SystemRandom::new(), &signed_bytes(uid, challenge, purpose)).unwrap();
-        pb::KeyProof { public_key: self.public.clone(), signature: signature.as_ref().to_vec() }
-    }
-}
-
-pub struct Agent {
-    pub channel: Channel,
-    pub key: Key,
-    pub token: String,
-}
-
-pub struct Session {
-    pub say: mpsc::Sender<pb::AgentMessage>,
-    pub hear: Streaming<pb::PlaneMessage>,
-}
-
-impl Agent {
-    pub async fn discover(&self) -> pb::DiscoverResponse {
-        DiscoveryServiceClient::new(self.channel.clone()).discover(pb::DiscoverRequest {}).await.unwrap().into_inner()
-    }
-
-    /// What a well-behaved agent would send.
-    pub async fn request(&self, jwt: &str) -> pb::AuthorizeOnboardingRequest {
-        let discovered = self.discover().await;
-        let value = pb::JwtCredential { token: jwt.to_owned() }.encode_to_vec();
-        let purpose = Purpose::Authorize { evidence: &value, group: &group().to_string() };
-        let proof = self.key.proof(&discovered.plane_uid, &discovered.challenge, purpose);
-        pb::AuthorizeOnboardingRequest {
-            credential: Some(prost_types::Any { type_url: JWT_CREDENTIAL.to_owned(), value }),
-            workload_group: Some(pb::WorkloadGroupRef { namespace: group().namespace, name: group().name }),
-            proof: Some(proof),
-        }
-    }
-
-    pub async fn authorize_with(
-        &self,
-        request: pb::AuthorizeOnboardingRequest,
-    ) -> Result<pb::AuthorizeOnboardingResponse, Status> {
-        OnboardingAuthorizationServiceClient::new(self.channel.clone())
-            .authorize_onboarding(request)
-            .await
-            .map(tonic::Response::into_inner)
-    }
-
-    pub async fn authorize(&mut self, jwt: &str) -> Result<pb::AuthorizeOnboardingResponse, Status> {
-        let response = self.authorize_with(self.request(jwt).await).await?;
-        self.token = response.token.clone();
-        Ok(response)
-    }
-
-    pub fn bearer<T>(&self, message: T) -> Request<T> {
-        let mut request = Request::new(message);
-        request.metadata_mut().insert("authorization", format!("Bearer {}", self.token).parse().unwrap());
-        request
-    }
-
-    pub async fn register_at(&self, ip: &str, proof: Option<pb::KeyProof>) -> Result<String, Status> {
-        let registration = pb::Registration {
-            agent_version: "1.0.0".to_owned(),
-            sidecar: Some(pb::registration::Sidecar::Envoy(pb::EnvoySidecar { version: "1.40.0".to_owned() })),
-            addresses: vec![pb::HostAddress { ip: ip.to_owned(), kind: pb::AddressKind::Vpc.into() }],
-            labels: HashMap::new(),
-            connected_over: pb::AddressKind::Vpc.into(),
-        };
-        let request = self.bearer(pb::RegisterWorkloadRequest { registration: Some(registration), proof });
-        WorkloadRegistrationServiceClient::new(self.channel.clone())
-            .register_workload(request)
-            .await
-            .map(|response| response.into_inner().name)
-    }
-
-    pub async fn register(&self) -> Result<String, Status> {
-        self.register_at("10.0.0.4", None).await
-    }
-
-    pub async fn unregister(&self) -> Result<pb::UnregisterWorkloadResponse, Status> {
-        WorkloadRegistrationServiceClient::new(self.channel.clone())
-            .unregister_workload(self.bearer(pb::UnregisterWorkloadRequest { proof: None }))
-            .await
-            .map(tonic::Response::into_inner)
-    }
-
-    pub async fn session_with(&self, proof: Option<pb::KeyProof>) -> Result<Session, Status> {
-        let (say, messages) = mpsc::channel(4);
-        let hello = pb::Hello { proof, boot_version: String::new() };
-        say.send(pb::AgentMessage { message: Some(pb::agent_message::Message::Hello(hello)) }).await.unwrap();
-        let hear = SessionServiceClient::new(self.channel.clone())
-            .session(self.bearer(ReceiverStream::new(messages)))
-            .await?
-            .into_inner();
-        Ok(Session { say, hear })
-    }
-
-    pub async fn session(&self) -> Result<Session, Status> {
-        self.session_with(None).await
-    }
-
-    /// All of it.
-    pub async fn join(&mut self, jwt: &str) -> Result<Session, Status> {
-        self.authorize(jwt).await?;
-        self.register().await?;
-        self.session().await
-    }
-
-    /// A proof over a fresh challenge for the use of the token.
-    pub async fn token_proof(&self) -> pb::KeyProof {
-        let discovered = self.discover().await;
-        self.key.proof(&discovered.plane_uid, &discovered.challenge, Purpose::UseToken { token: &self.token })
-    }
-}
-
-impl Session {
-    pub async fn say(&self, message: pb::agent_message::Message) {
-        self.say.send(pb::AgentMessage { message: Some(message) }).await.unwrap();
-    }
-
-    /// The end that the plane announces, whatever comes before it.
-    pub async fn end(&mut self) -> pb::SessionEnd {
-        let end = async {
-            loop {
-                match self.hear.message().await.unwrap().expect("the session broke off without a word").message {
-                    Some(pb::plane_message::Message::End(end)) => return end,
-                    _ => continue,
-                }
-            }
-        };
-        tokio::time::timeout(Duration::from_secs(10), end).await.expect("the session should have ended")
-    }
-
-    pub async fn boot(&mut self) -> pb::BootConfiguration {
-        match self.hear.message().await.unwrap().unwrap().message {
-            Some(pb::plane_message::Message::Boot(boot)) => boot,
-            other => panic!("{other:?} instead of a boot configuration"),
-        }
-    }
-}
-
-#[track_caller]
-pub fn assert_refused<T: std::fmt::Debug>(outcome: Result<T, Status>, code: Code, words: &str) -> Status {
-    let status = outcome.expect_err("should have been refused");
-    assert_eq!(status.code(), code, "{}", status.message());
-    assert!(status.message().contains(words), "{:?} does not say {words:?}", status.message());
-    status
-}
-
 /// Waits until a state is as wanted; fails with the last one.
 pub async fn until(plane: &Plane, what: &str, wanted: impl Fn(&[(RegistrationName, Stored)]) -> bool) {
+    becomes(what, async || Registry::list(plane.registry.as_ref()).await.unwrap(), |all| wanted(all)).await;
+}
+
+/// Waits until what `look` sees is as wanted; fails with what it saw last.
+pub async fn becomes<T: std::fmt::Debug>(what: &str, look: impl AsyncFn() -> T, wanted: impl Fn(&T) -> bool) {
     let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
     let mut pause = tokio::time::interval(Duration::from_millis(10));
     loop {
-        let all = Registry::list(plane.registry.as_ref()).await.unwrap();
-        if wanted(&all) {
+        let seen = look().await;
+        if wanted(&seen) {
             return;
         }
-        assert!(tokio::time::Instant::now() < deadline, "{what}: still {all:?}");
+        assert!(tokio::time::Instant::now() < deadline, "{what}: still {seen:?}");
         pause.tick().await;
+    }
+}
+
+impl Plane {
+    /// A line of `/metrics`, by its name and labels.
+    pub fn metric(&self, name: &str) -> Option<String> {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &self.metrics.lock().unwrap()).unwrap();
+        text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ').map(str::to_owned))
+    }
+
+    /// Waits until so many connections failed for this reason.
+    pub async fn failed_connections(&self, reason: &str, wanted: u64) {
+        let name = format!("onboarding_connections_failed_total{{reason=\"{reason}\"}}");
+        let count = async || self.metric(&name).map_or(0, |count| count.parse().unwrap());
+        becomes(&name, count, |count: &u64| *count == wanted).await;
+    }
+
+    /// The decisions of the audit log so far.
+    pub fn decisions(&self) -> Vec<serde_json::Value> {
+        self.audit.read().iter().map(|line| line["decision"].clone()).collect()
     }
 }
