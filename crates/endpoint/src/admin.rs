@@ -1,6 +1,7 @@
 //! The admin socket: what `onboardctl` asks and deletes. A Unix socket that only the plane's own user can open.
 
 use crate::authority::Authority;
+use crate::backend::Snapshot;
 use crate::certificate::Certificates;
 use anyhow::Context;
 use axum::extract::{Path, State as Shared};
@@ -9,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use onboarding_core::name::RegistrationName;
-use onboarding_core::registration::{Event, State};
+use onboarding_core::registration::{Event, Live, State};
 use onboarding_kinds::war;
 use serde_json::{Value, json};
 use std::os::unix::fs::PermissionsExt;
@@ -60,12 +61,10 @@ async fn list(Shared(admin): Shared<Admin>) -> Response {
                 .into_iter()
                 .filter_map(|(name, state)| match state {
                     State::Live(live) => {
-                        let mut resource = war::resource(&name, &live, None);
-                        // Ours: whether a policy admits it as things are now.
-                        resource["status"]["admitted"] = crate::lifecycle::admitted(&snapshot, &live).into();
+                        let resource = resource(&snapshot, &name, &live);
                         Some((name, resource))
                     }
-                    _ => None,
+                    State::Absent | State::Ended(_) => None,
                 })
                 .collect();
             items.sort_by(|(a, _), (b, _)| a.cmp(b));
@@ -80,8 +79,8 @@ async fn show(Shared(admin): Shared<Admin>, Path((namespace, name)): Path<(Strin
     let name = RegistrationName { namespace, name };
     match admin.authority.lifecycle.load(&name).await {
         Ok(state) => match state {
-            State::Live(live) => Json(war::resource(&name, &live, None)).into_response(),
-            State::Absent | State::Ended(_) => not_found(&name),
+            State::Live(live) => Json(resource(&admin.authority.snapshot(), &name, &live)).into_response(),
+            State::Absent | State::Ended(_) => not_found(format!("there is no registration {name}")),
         },
         Err(error) => unavailable(&error.to_string()),
     }
@@ -94,7 +93,9 @@ async fn delete(Shared(admin): Shared<Admin>, Path((namespace, name)): Path<(Str
         Err(error) => return unavailable(&error.to_string()),
     };
     let key_known = match &before {
-        State::Absent => return not_found(&name),
+        State::Absent => {
+            return not_found(format!("there is no registration {name}, and no key is remembered for it"));
+        }
         State::Ended(ended) => ended.key.is_some(),
         State::Live(_) => true,
     };
@@ -125,8 +126,14 @@ async fn status(Shared(admin): Shared<Admin>) -> Response {
     .into_response()
 }
 
-fn not_found(name: &RegistrationName) -> Response {
-    let message = format!("there is no registration {name}, and no key is remembered for it");
+/// As `kubectl` would show it, and whether a policy admits it as things are now, which is ours.
+fn resource(snapshot: &Snapshot, name: &RegistrationName, live: &Live) -> Value {
+    let mut resource = war::resource(name, live, None);
+    resource["status"]["admitted"] = crate::lifecycle::admitted(snapshot, live).into();
+    resource
+}
+
+fn not_found(message: String) -> Response {
     (StatusCode::NOT_FOUND, Json(json!({ "message": message }))).into_response()
 }
 

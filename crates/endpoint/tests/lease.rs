@@ -28,20 +28,6 @@ fn disconnected(state: &State, why: DisconnectReason) -> bool {
     live(state).is_some_and(|live| matches!(live.connection, Connection::Disconnected { reason, .. } if reason == why))
 }
 
-/// Waits until `look` is true; fails with what it saw.
-async fn becomes<T: std::fmt::Debug>(look: impl Fn() -> T, wanted: impl Fn(&T) -> bool) {
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
-    let mut pause = tokio::time::interval(Duration::from_millis(10));
-    loop {
-        let seen = look();
-        if wanted(&seen) {
-            return;
-        }
-        assert!(tokio::time::Instant::now() < deadline, "still {seen:?}");
-        pause.tick().await;
-    }
-}
-
 #[tokio::test]
 async fn a_withdrawal_ends_the_session_also_where_the_registry_can_not_be_written() {
     let plane = Plane::start().await;
@@ -50,14 +36,14 @@ async fn a_withdrawal_ends_the_session_also_where_the_registry_can_not_be_writte
     plane.registry.broken.store(true, Ordering::SeqCst);
     plane.withdraw_policies();
     assert_eq!(session.end().await.reason(), Reason::Withdrawn);
-    let reasons = || plane.readiness.reasons();
-    becomes(reasons, |reasons| reasons.iter().any(|it| it.starts_with("registry: "))).await;
+    let reasons = async || plane.readiness.reasons();
+    becomes("not ready", reasons, |reasons| reasons.iter().any(|it| it.starts_with("registry: "))).await;
     // It is on record as soon as the registry can be written.
     until(&plane, "live", |all| matches!(all[0].1.state, State::Live(_))).await;
     plane.registry.broken.store(false, Ordering::SeqCst);
     until(&plane, "ended", |all| matches!(all[0].1.state, State::Ended(_))).await;
-    becomes(reasons, Vec::is_empty).await;
-    becomes(|| decisions(&plane), |all| *all == ["allowed", "withdrawn"]).await;
+    becomes("ready", reasons, Vec::is_empty).await;
+    becomes("audited", async || plane.decisions(), |all| *all == ["allowed", "withdrawn"]).await;
     assert_eq!(plane.audit.read()[1]["identity"]["jwt"]["subject"], "vm7");
 }
 
@@ -78,11 +64,7 @@ async fn whoever_is_suspended_comes_back_when_the_policy_can_be_read_again() {
     });
     // The same registration: neither ended nor made anew.
     agent.session().await.unwrap().boot().await;
-    becomes(|| decisions(&plane), |all| *all == ["allowed", "suspended"]).await;
-}
-
-fn decisions(plane: &Plane) -> Vec<serde_json::Value> {
-    plane.audit.read().iter().map(|line| line["decision"].clone()).collect()
+    becomes("audited", async || plane.decisions(), |all| *all == ["allowed", "suspended"]).await;
 }
 
 #[tokio::test]
@@ -129,13 +111,12 @@ async fn a_connection_lives_on_after_its_time_to_prove_a_key() {
     // Another connection, opened later, is closed: then the time of the first one is over too.
     let idle = plane.agent().await;
     idle.discover().await;
-    let failed = || metric(&plane, "onboarding_connections_failed_total{reason=\"nothing_proven\"}");
-    becomes(failed, |count| count.as_deref() == Some("1")).await;
+    plane.failed_connections("nothing_proven", 1).await;
     agent.authorize(&plane.jwt("vm7", "ratings")).await.unwrap();
     let health = pb::Health { ready: false, message: String::new() };
     session.say(pb::agent_message::Message::Health(health)).await;
     until(&plane, "not ready", |all| live(&all[0].1.state).is_some_and(|live| !live.health.ready)).await;
-    assert_eq!(metric(&plane, "onboarding_sessions").as_deref(), Some("1"));
+    assert_eq!(plane.metric("onboarding_sessions").as_deref(), Some("1"));
 }
 
 #[tokio::test]
@@ -146,8 +127,7 @@ async fn a_key_that_anybody_can_make_keeps_no_connection_open() {
     stranger.token = "no token".to_owned();
     let proof = stranger.token_proof().await;
     assert_refused(stranger.session_with(Some(proof)).await.map(|_| ()), Code::Unauthenticated, "it is no JWT");
-    let failed = || metric(&plane, "onboarding_connections_failed_total{reason=\"nothing_proven\"}");
-    becomes(failed, |count| count.as_deref() == Some("1")).await;
+    plane.failed_connections("nothing_proven", 1).await;
 }
 
 #[tokio::test]
@@ -159,8 +139,7 @@ async fn an_address_has_no_more_connections_than_it_may() {
     let mut second = tokio::net::TcpStream::connect(plane.address).await.unwrap();
     let read = second.read_u8();
     tokio::time::timeout(Duration::from_secs(10), read).await.expect("it is closed").unwrap_err();
-    let refused = metric(&plane, "onboarding_connections_failed_total{reason=\"too_many_of_address\"}");
-    assert_eq!(refused.as_deref(), Some("1"));
+    plane.failed_connections("too_many_of_address", 1).await;
     // The first one goes on.
     agent.discover().await;
 }
@@ -199,9 +178,3 @@ async fn a_plane_without_a_certificate_says_so_and_serves_nobody() {
 
 /// A record that begins like a ClientHello and isn't one.
 const CLIENT_HELLO_PREFIX: [u8; 9] = [22, 3, 1, 0, 4, 1, 0, 0, 0];
-
-fn metric(plane: &Plane, name: &str) -> Option<String> {
-    let mut text = String::new();
-    prometheus_client::encoding::text::encode(&mut text, &plane.metrics.lock().unwrap()).unwrap();
-    text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ').map(str::to_owned))
-}
