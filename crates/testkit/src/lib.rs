@@ -1,9 +1,11 @@
-//! Real servers and real machines for tests and the demo: EC2 metadata, STS, an OIDC issuer, an application, network namespaces.
+//! Real servers and real machines for tests and the demo: EC2 metadata, STS, an OIDC issuer, an application, network namespaces,
+//! a Kubernetes and Istio control plane.
 //!
 //! What may never be here: anything that a product depends on, or a shortcut through a product. What these servers say is what the
 //! real ones say.
 
 pub mod application;
+pub mod cluster;
 pub mod cms;
 pub mod imds;
 pub mod netns;
