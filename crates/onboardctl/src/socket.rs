@@ -75,6 +75,10 @@ impl Socket {
         match value {
             Ok(value) if status.is_success() => Ok(value),
             Ok(value) => match value.get("message").and_then(Value::as_str) {
+                // Only a name that is deleted is looked for.
+                Some(message) if status == StatusCode::NOT_FOUND => {
+                    bail!("{message}; onboardctl workloads lists those that there are")
+                }
                 Some(message) => bail!("{message}"),
                 None => bail!("the plane answered {status} to {path}"),
             },

@@ -154,7 +154,7 @@ fn what_is_not_registered_is_said_and_the_rest_is_deleted() {
     dir.run(&["workloads", "delete", "bookinfo/a", "bookinfo/b", "--data-dir", "."])
         .is(1)
         .says("bookinfo/b deleted")
-        .complains("deleting bookinfo/a: bookinfo/a isn't registered");
+        .complains("deleting bookinfo/a: bookinfo/a isn't registered; onboardctl workloads lists those that there are");
 }
 
 #[test]
