@@ -1,4 +1,5 @@
-//! The commands of `docs/quick-start.md`, run as they stand there, in a machine of their own.
+//! The commands of `docs/quick-start.md`, run as they stand there, in a machine of their own; and, where its mesh is up, what the
+//! other pages tell people to type.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, reason = "a test")]
 
 use onboarding_testkit::netns::{Lab, inside};
@@ -59,16 +60,66 @@ fn run(lab: &Lab) -> anyhow::Result<String> {
         "hello from behind the sidecar\nhello from behind the sidecar",
         "127.0.0.2 hello.demo hello.demo.svc hello.demo.svc.cluster.local",
         "hello-jwt-quick-start--my-machine",
+        "checked: ['configuration', 'endpoint', 'clock', 'host'",
+        "1 live workloads: 0 would lose their admission, 0 would gain it, nothing changes for 1.",
+        "allowed: policy allow-my-machine admits this identity to the WorkloadGroup demo/hello",
+        "demo/hello-jwt-quick-start--my-machine deleted; its host may come back, also with another key",
         "the agent has left the mesh and ends",
     ] {
         anyhow::ensure!(output.contains(expected), "the output lacks {expected:?}:\n{output}");
     }
+    documented_metrics(&std::fs::read_to_string(machine.directory().join("quick-start/metrics.txt"))?)?;
     Ok(output)
 }
 
-/// The blocks of the page that are marked `sh`.
+/// The blocks of the page that are marked `sh`, with those of the other pages before the policy is withdrawn.
 fn commands() -> String {
     let page = include_str!("../../docs/quick-start.md");
-    let blocks = page.split("```sh\n").skip(1).filter_map(|rest| rest.split("```\n").next());
-    blocks.collect()
+    let (up, down) = page.split_once("## 8. ").expect("a step in which the policy is withdrawn");
+    [blocks(up), blocks(include_str!("../../docs/sidecar.md")), OTHERS.to_owned(), blocks(down)].concat()
+}
+
+fn blocks(page: &str) -> String {
+    page.split("```sh\n").skip(1).filter_map(|rest| rest.split("```\n").next()).collect()
+}
+
+/// What stands between the lines of the agent reference, of operations, of the policy reference and of the standalone mesh.
+const OTHERS: &str = r#"
+"${agent[@]}" hosts --write
+curl -sSf http://hello.demo:8080/
+"${agent[@]}" check -o json | python3 -c 'import json, sys; print("checked:", [it["what"] for it in json.load(sys.stdin)])'
+"${agent[@]}" status -o json | python3 -c 'import json, sys; json.load(sys.stdin)'
+"${agent[@]}" completions bash > /dev/null
+onboarding-plane standalone --help > /dev/null
+curl -sSf http://127.0.0.1:15021/healthz
+onboardctl --data-dir data status
+onboardctl --data-dir data workloads -o json > wars.json
+onboardctl plan -f manifests/ --workloads wars.json
+echo '{"audience": "quick-start-plane"}' | ./plugin.sh | sed -E 's/.*"token":"([^"]*)".*/\1/' > token.jwt
+onboardctl attest token.jwt --jwt-issuers manifests/controlplane.yaml > identity.yaml
+onboardctl explain -f manifests/ --identity identity.yaml --group demo/hello
+if command -v sqlite3; then
+    sqlite3 -readonly data/registry.sqlite 'SELECT namespace, name, state, connection_since FROM registration'
+    sqlite3 data/registry.sqlite '.backup backup.sqlite'
+fi
+onboardctl --data-dir data workloads delete demo/hello-jwt-quick-start--my-machine
+until "${agent[@]}" status | grep 'Agent  *Connected' && onboardctl --data-dir data workloads | grep ' True '; do sleep 0.1; done
+# A kind of event has its line among the metrics once there was one; plain text is a handshake that fails.
+until curl -sSf http://127.0.0.1:15021/metrics > metrics.txt && grep connections_failed metrics.txt; do
+    curl -s http://127.0.0.1:15443/ || true
+done
+"#;
+
+/// The metrics that the pages name are those that there are.
+fn documented_metrics(served: &str) -> anyhow::Result<()> {
+    let pages = [include_str!("../../docs/operations.md"), include_str!("../../docs/standalone-mesh.md")].concat();
+    let mut named = 0;
+    for name in pages.split('`').skip(1).step_by(2).filter(|code| code.starts_with("onboarding_")) {
+        let name = name.split('{').next().unwrap().trim_end_matches('*');
+        let family = name.strip_suffix("_total").unwrap_or(name);
+        anyhow::ensure!(served.contains(&format!("# TYPE {family}")), "there is no metric {name}");
+        named += 1;
+    }
+    anyhow::ensure!(named > 15, "only {named} metrics are named");
+    Ok(())
 }
