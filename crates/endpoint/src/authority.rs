@@ -146,8 +146,13 @@ pub(crate) fn token_status(error: TokenError) -> Status {
 }
 
 pub(crate) fn registry_status(error: RegistryError) -> Status {
-    tracing::error!(%error, "the registry could not be used");
-    Status::unavailable(error.to_string())
+    match error {
+        RegistryError::Foreign(why) => Status::failed_precondition(why),
+        RegistryError::Conflict | RegistryError::Unavailable(_) => {
+            tracing::error!(%error, "the registry could not be used");
+            Status::unavailable(error.to_string())
+        }
+    }
 }
 
 pub(crate) fn refusal_status(refusal: &Refusal, name: Option<&RegistrationName>) -> Status {

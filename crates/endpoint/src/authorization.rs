@@ -2,8 +2,9 @@
 
 use crate::audit::{Decision as Outcome, Entry};
 use crate::authority::{Authority, refusal_status, registry_status, timestamp, token_status};
-use crate::backend::{PlaneSettings, Snapshot};
+use crate::backend::{self, PlaneSettings, Snapshot};
 use crate::connection::Connection;
+use crate::lifecycle::vouched_for;
 use crate::limits::exhausted;
 use jiff::Timestamp;
 use onboarding_attest::{AttestError, Context, Evidence};
@@ -13,6 +14,7 @@ use onboarding_core::name::{GroupName, RegistrationName, is_resource_name, regis
 use onboarding_core::policy::Decision;
 use onboarding_core::registration::admits_key;
 use onboarding_core::token::{Claims, lifetime};
+use onboarding_kinds::identity;
 use onboarding_wire::convert::group_name;
 use onboarding_wire::onboarding as pb;
 use onboarding_wire::proof::Purpose;
@@ -20,7 +22,7 @@ use onboarding_wire::{AWS_EC2_CREDENTIAL, JWT_CREDENTIAL};
 use prost::Message;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tonic::Status;
+use tonic::{Code, Status};
 
 /// A refusal names so many policies; the audit line too.
 const MOST_REASONS: usize = 3;
@@ -170,7 +172,28 @@ impl Case<'_> {
         );
         // A refusal stands whether it could be written down or not.
         let _ = self.authority.write_down(&entry).await;
+        if let Some(reason) = self.for_operators(&refused.status) {
+            self.authority.backend.notices.refused(backend::Refused {
+                group: self.group.clone(),
+                identity: self
+                    .attested
+                    .as_ref()
+                    .map(|attested| identity::to_json(&attested.identity, identity::Case::Camel).to_string()),
+                reason,
+                message: refused.status.message().to_owned(),
+            });
+        }
         refused.status
+    }
+
+    /// What a refusal is called, where it is one that an operator can do something about.
+    fn for_operators(&self, status: &Status) -> Option<&'static str> {
+        match status.code() {
+            Code::PermissionDenied => Some("NotAuthorized"),
+            Code::Unauthenticated if self.key.is_some() => Some("EvidenceRefused"),
+            Code::FailedPrecondition if self.registration.is_some() => Some("RegistrationBelongsToAnother"),
+            _ => None,
+        }
     }
 }
 
@@ -214,6 +237,12 @@ pub(crate) fn admission<'a>(
         ))
         .into());
     };
+    if !vouched_for(snapshot, identity) {
+        return Err(Status::permission_denied(
+            "Not authorized by OnboardingPolicy: the issuer of this workload's JWT isn't in spec.meshExpansion.onboarding.workloads.authentication.jwt.issuers of the ControlPlane any more",
+        )
+        .into());
+    }
     match snapshot.policies.decide(identity, group) {
         Decision::Allowed { policy, rule } => Ok(Admission { group, policy, rule }),
         Decision::Refused => {

@@ -141,7 +141,7 @@ pub trait KeyStore: Send + Sync + 'static {
 /// The replicas of this endpoint.
 pub trait Fleet: Send + Sync + 'static {
     /// Whether this replica does what one must do for all: end leases, forget what need not be remembered,
-    /// record that the sessions of a replica that is gone have ended.
+    /// record that the sessions of a replica that is gone have ended. Also notifies, with the same value, when a replica came or went.
     fn leads(&self) -> watch::Receiver<bool>;
 
     /// Whether the replica that is on record as holding a session is there. Of this replica: true.
@@ -170,7 +170,7 @@ pub struct Refused {
     pub group: GroupName,
     /// What was proven of the host, in one line for people; absent where nothing was.
     pub identity: Option<String>,
-    /// Stable, in CamelCase: `NotAuthorized`, `EvidenceRefused`, `NoSuchGroup`, `AnotherKey`, `ForeignRegistration`.
+    /// Stable, in CamelCase: `NotAuthorized`, `EvidenceRefused`, `RegistrationBelongsToAnother`.
     pub reason: &'static str,
     /// Which rule failed on what, and the way out.
     pub message: String,

@@ -103,7 +103,7 @@ pub async fn start(
     let tokens = token::Tokens::open(backend.keys.clone(), Timestamp::now()).await.context("opening the token keys")?;
     let audit = Arc::new(audit);
     let lifecycle = Lifecycle::new(backend.registry.clone(), grace, audit.clone(), metrics.clone(), readiness.clone());
-    Lease { lifecycle: &lifecycle, metrics: &metrics, replica: &replica }
+    Lease { lifecycle: &lifecycle, metrics: &metrics, replica: &replica, fleet: backend.fleet.as_ref() }
         .disconnect_all()
         .await
         .context("reading the registry")?;
@@ -144,9 +144,13 @@ pub async fn start(
     tasks.spawn({
         let (authority, stop) = (authority.clone(), stop.clone());
         async move {
-            let lease =
-                Lease { lifecycle: &authority.lifecycle, metrics: &authority.metrics, replica: &authority.replica };
-            lease.run(config.as_ref(), &stop).await;
+            let lease = Lease {
+                lifecycle: &authority.lifecycle,
+                metrics: &authority.metrics,
+                replica: &authority.replica,
+                fleet: authority.backend.fleet.as_ref(),
+            };
+            lease.run(&authority.backend, &stop).await;
         }
     });
     tasks.spawn({

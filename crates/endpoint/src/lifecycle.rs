@@ -6,6 +6,7 @@ use crate::audit::{Audit, Decision as Outcome, Entry};
 use crate::backend::{Registry, RegistryError, Snapshot};
 use crate::metrics::Metrics;
 use jiff::Timestamp;
+use onboarding_core::identity::Identity;
 use onboarding_core::name::RegistrationName;
 use onboarding_core::policy::Decision;
 use onboarding_core::registration::{
@@ -191,40 +192,77 @@ impl Lifecycle {
 
 /// Whether a policy admits this registration's identity to its group, as things are configured now.
 pub(crate) fn admitted(snapshot: &Snapshot, live: &Live) -> bool {
-    snapshot.groups.get(&live.group).is_some_and(|group| {
-        matches!(snapshot.policies.decide(&live.attested.identity, group), Decision::Allowed { .. })
-    })
+    vouched_for(snapshot, &live.attested.identity)
+        && snapshot.groups.get(&live.group).is_some_and(|group| {
+            matches!(snapshot.policies.decide(&live.attested.identity, group), Decision::Allowed { .. })
+        })
 }
 
-/// The sessions that this replica holds, by name, and how each is told that it ends.
+/// Whether who vouched for this identity may still do so: an issuer that was struck off the list vouches for nobody.
+pub(crate) fn vouched_for(snapshot: &Snapshot, identity: &Identity) -> bool {
+    match (identity, &snapshot.plane) {
+        (Identity::Jwt(jwt), Some(plane)) => {
+            plane.issuers.iter().any(|issuer| Some(&issuer.issuer) == jwt.issuer.proven())
+        }
+        _ => true,
+    }
+}
+
+/// The sessions that this replica holds, and how each is told that it ends.
 #[derive(Default)]
 pub(crate) struct Sessions {
-    open: Mutex<HashMap<String, oneshot::Sender<EndReason>>>,
+    open: Mutex<Open>,
+}
+
+#[derive(Default)]
+struct Open {
+    by_session: HashMap<String, (RegistrationName, oneshot::Sender<EndReason>)>,
+    /// The newest of each registration; those before it are being replaced.
+    newest: HashMap<RegistrationName, String>,
 }
 
 impl Sessions {
-    pub(crate) fn opened(&self, session: String) -> oneshot::Receiver<EndReason> {
+    pub(crate) fn opened(&self, name: &RegistrationName, session: String) -> oneshot::Receiver<EndReason> {
         let (sender, receiver) = oneshot::channel();
-        self.lock().insert(session, sender);
+        let mut open = self.lock();
+        open.newest.insert(name.clone(), session.clone());
+        open.by_session.insert(session, (name.clone(), sender));
         receiver
     }
     pub(crate) fn closed(&self, session: &str) {
         self.lock().remove(session);
     }
     pub(crate) fn has(&self, session: &str) -> bool {
-        self.lock().contains_key(session)
+        self.lock().by_session.contains_key(session)
     }
-    fn end(&self, session: &str, reason: EndReason) {
+    /// The session of this registration that is open here.
+    pub(crate) fn of(&self, name: &RegistrationName) -> Option<String> {
+        self.lock().newest.get(name).cloned()
+    }
+    pub(crate) fn names(&self) -> Vec<RegistrationName> {
+        self.lock().newest.keys().cloned().collect()
+    }
+    pub(crate) fn end(&self, session: &str, reason: EndReason) {
         if let Some(sender) = self.lock().remove(session) {
             // It may have ended by itself meanwhile.
             let _ = sender.send(reason);
         }
     }
     pub(crate) fn count(&self) -> usize {
-        self.lock().len()
+        self.lock().by_session.len()
     }
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, oneshot::Sender<EndReason>>> {
+    fn lock(&self) -> MutexGuard<'_, Open> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Open {
+    fn remove(&mut self, session: &str) -> Option<oneshot::Sender<EndReason>> {
+        let (name, sender) = self.by_session.remove(session)?;
+        if self.newest.get(&name).is_some_and(|newest| newest == session) {
+            self.newest.remove(&name);
+        }
+        Some(sender)
     }
 }
 

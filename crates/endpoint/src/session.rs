@@ -73,7 +73,7 @@ async fn open(
 
     let session = uuid::Uuid::new_v4().to_string();
     // Known before it is on record, so that whoever replaces it finds it.
-    let ended = authority.lifecycle.sessions().opened(session.clone());
+    let ended = authority.lifecycle.sessions().opened(&claims.subject, session.clone());
     if let Err(status) = connect(&authority, &claims, &session).await {
         authority.lifecycle.sessions().closed(&session);
         return Err(status);
