@@ -32,8 +32,21 @@ pub struct Options {
 impl Default for Options {
     /// On loopback, with its controllers.
     fn default() -> Self {
-        Self { address: Ipv4Addr::LOCALHOST.into(), controllers: true, command: Box::new(|program| Command::new(program)) }
+        Self {
+            address: Ipv4Addr::LOCALHOST.into(),
+            controllers: true,
+            command: Box::new(|program| Command::new(program)),
+        }
     }
+}
+
+/// Where a running istiod is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Istiod {
+    /// xDS and the CA, TLS; its certificate is for `istiod.istio-system.svc`.
+    pub secure: SocketAddr,
+    /// `/debug/syncz` and the like, plain HTTP.
+    pub http: SocketAddr,
 }
 
 /// A cluster. Dropping it ends its processes and removes what they stored.
@@ -46,9 +59,13 @@ pub struct Cluster {
     processes: Mutex<Processes>,
 }
 
+/// The namespace of Istio's control plane.
+const ISTIO_SYSTEM: &str = "istio-system";
+
 /// In the order in which they end.
 #[derive(Default)]
 struct Processes {
+    istiod: Option<(Process, Istiod)>,
     controllers: Option<Process>,
     api: Option<Process>,
     etcd: Option<Process>,
@@ -234,12 +251,57 @@ impl Cluster {
         ready
     }
 
-    fn wait_until(
-        &self,
-        what: &str,
-        process: &Process,
-        ready: impl Fn() -> anyhow::Result<()>,
-    ) -> anyhow::Result<()> {
+    /// Starts istiod on this cluster, which needs Istio's CRDs, and waits until it is ready (3 s). `mesh`: its mesh configuration, YAML,
+    /// which is also put into the ConfigMap `istio`.
+    pub fn start_istiod(&self, mesh: &str) -> anyhow::Result<Istiod> {
+        let file = self.path("mesh.yaml");
+        std::fs::write(&file, mesh)?;
+        if !self.try_kubectl(["get", "namespace", ISTIO_SYSTEM])?.status.success() {
+            self.kubectl(["create", "namespace", ISTIO_SYSTEM])?;
+        }
+        let indented: String = mesh.lines().map(|line| format!("    {line}\n")).collect();
+        self.apply(&format!(
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: istio, namespace: {ISTIO_SYSTEM}}}\ndata:\n  mesh: |\n{indented}"
+        ))?;
+        let address = self.options.address;
+        let istiod = Istiod { secure: free_port(address)?, http: free_port(address)? };
+        let (https, monitoring) = (free_port(address)?, free_port(address)?);
+        let mut command = (self.options.command)(&self.binary("pilot-discovery"));
+        command
+            .arg("discovery")
+            .arg(format!("--kubeconfig={}", self.kubeconfig().display()))
+            .arg(format!("--meshConfig={}", file.display()))
+            .arg(format!("--secureGRPCAddr={}", istiod.secure))
+            .arg(format!("--httpAddr={}", istiod.http))
+            .arg(format!("--httpsAddr={https}"))
+            .arg(format!("--monitoringAddr={monitoring}"))
+            .args(["--grpcAddr=", "--ctrlz_port=0", "--clusterID=Kubernetes", "--log_output_level=default:warn"])
+            .current_dir(self.directory.path())
+            .envs([
+                ("POD_NAMESPACE", ISTIO_SYSTEM),
+                ("POD_NAME", "istiod-test"),
+                ("PILOT_CERT_PROVIDER", "istiod"),
+                // A stock Envoy then takes all that istiod sends.
+                ("PILOT_ENABLE_ALPN_FILTER", "false"),
+                ("PILOT_ENABLE_METADATA_EXCHANGE", "false"),
+            ]);
+        let process = Process::start("istiod", command, Some(&self.path("istiod.log")))?;
+        let ready = self.wait_until("istiod", &process, || {
+            let mut curl = (self.options.command)(Path::new("curl"));
+            curl.args(["-fsS", "--max-time", "2"]).arg(format!("http://{}/ready", istiod.http));
+            process::output(curl, Duration::from_secs(5)).map(|_| ())
+        });
+        self.lock().istiod = Some((process, istiod));
+        ready.map(|()| istiod)
+    }
+
+    pub fn kill_istiod(&self) -> anyhow::Result<()> {
+        let (process, _) = self.lock().istiod.take().context("istiod isn't running")?;
+        process.kill();
+        Ok(())
+    }
+
+    fn wait_until(&self, what: &str, process: &Process, ready: impl Fn() -> anyhow::Result<()>) -> anyhow::Result<()> {
         let deadline = Instant::now() + READY_WITHIN;
         loop {
             let Err(error) = ready() else { return Ok(()) };

@@ -19,3 +19,27 @@ fn an_api_server_comes_back_with_what_it_had_and_leaves_nothing() {
     TcpStream::connect(api).unwrap_err();
     assert!(!directory.exists());
 }
+
+#[test]
+fn istiod_publishes_its_root() {
+    let cluster = Cluster::start(Options::default()).unwrap();
+    cluster.apply_istio_crds().unwrap();
+    let istiod = cluster.start_istiod("trustDomain: cluster.local\n").unwrap();
+    TcpStream::connect(istiod.secure).unwrap();
+    let wait = ["wait", "--for=create", "--timeout=60s", "configmap/istio-ca-root-cert", "-n", "istio-system"];
+    cluster.kubectl(wait).unwrap();
+    let root = cluster
+        .kubectl([
+            "get",
+            "configmap",
+            "istio-ca-root-cert",
+            "-n",
+            "istio-system",
+            "-o",
+            "jsonpath={.data.root-cert\\.pem}",
+        ])
+        .unwrap();
+    assert!(root.contains("BEGIN CERTIFICATE"), "{root}");
+    cluster.kill_istiod().unwrap();
+    TcpStream::connect(istiod.secure).unwrap_err();
+}
