@@ -19,6 +19,12 @@ pub mod sds {
     tonic::include_proto!("envoy.service.secret.v3");
 }
 
+/// The certificate authority of an Istio mesh. The source is `proto/istio/ca.proto`.
+#[allow(missing_docs, clippy::all)]
+pub mod istio_ca {
+    tonic::include_proto!("istio.v1.auth");
+}
+
 /// The credential's type in `google.protobuf.Any`.
 pub const AWS_EC2_CREDENTIAL: &str = "type.googleapis.com/onboarding.v1alpha1.AwsEc2Credential";
 pub const JWT_CREDENTIAL: &str = "type.googleapis.com/onboarding.v1alpha1.JwtCredential";
