@@ -4,6 +4,7 @@ use crate::manifests;
 use crate::outcome::{Format, Outcome, json};
 use anyhow::{Context as _, anyhow};
 use jiff::Timestamp;
+use onboarding_attest::jwt::verify::Token;
 use onboarding_attest::jwt::{Issuer, KeySource};
 use onboarding_attest::{Attestors, Context, Evidence, Options};
 use onboarding_core::identity::{Attested, Identity, Replay, Thumbprint};
@@ -21,7 +22,8 @@ use std::path::PathBuf;
 
 FILE is an EC2 identity document as /latest/dynamic/instance-identity/rsa2048 serves it
 (base64, no PEM lines), or a JWT. A JWT's audience is the uid of the ControlPlane, or what
---audience says (onboardctl status shows a UID that the plane made itself). Keys that are not
+--audience says (onboardctl status shows a UID that the plane made itself); with neither, all
+but the audience is checked, and a warning on standard error says so. Keys that are not
 in the ControlPlane are fetched from the issuer. What is printed is an identity file for
 onboardctl explain.
 
@@ -58,23 +60,34 @@ impl Attest {
             extra_roots_pem: read(&self.jwks_extra_roots)?,
             ..Options::default()
         })?;
+        let mut notes = Vec::new();
         let attested = if is_jwt(&text) {
             let plane = self.plane()?;
-            let audience = self.audience.clone().or(plane.uid).context(
-                "the ControlPlane has no uid, so a JWT's audience can't be checked: name the plane's UID with --audience",
-            )?;
+            let audience = match self.audience.clone().or(plane.uid) {
+                Some(uid) => uid,
+                None => {
+                    let stated = stated_audience(&text).with_context(|| self.nothing())?;
+                    notes.push(format!("warning: whether this token is for this plane isn't checked: it is for {stated:?}, and the ControlPlane has no uid; name the plane's UID (onboardctl status shows it) with --audience"));
+                    stated
+                }
+            };
             let issuers: Vec<Issuer> = plane.issuers.into_iter().map(issuer).collect();
             attest(&attestors, Evidence::Jwt(JwtCredential { token: text.trim().to_owned() }), &audience, &issuers)
         } else {
             let credential = AwsEc2Credential { identity_document: text, ..AwsEc2Credential::default() };
             attest(&attestors, Evidence::AwsEc2(credential), "", &[])
         };
-        let attested = attested.with_context(|| format!("{} proves nothing", self.evidence.display()))?;
+        let attested = attested.with_context(|| self.nothing())?;
         let identity = to_json(&attested.identity, Case::Camel);
-        Ok(Outcome::text(match self.output {
+        let out = match self.output {
             Format::Json => json(&identity),
             Format::Text => format!("{}{}", remarks(&attested), serde_yaml_ng::to_string(&identity)?),
-        }))
+        };
+        Ok(Outcome { out, notes, code: 0 })
+    }
+
+    fn nothing(&self) -> String {
+        format!("{} proves nothing", self.evidence.display())
     }
 
     fn plane(&self) -> anyhow::Result<Onboarding> {
@@ -101,6 +114,16 @@ impl Attest {
 /// A document is base64, which has no dots.
 fn is_jwt(text: &str) -> bool {
     text.contains('.')
+}
+
+/// Where nobody knows the plane's UID, which it made itself, all but that can be verified.
+fn stated_audience(token: &str) -> anyhow::Result<String> {
+    let token = Token::read(token.trim())?;
+    let stated = token.stated_audience();
+    stated
+        .first()
+        .map(|one| (*one).to_owned())
+        .context("the token says of no plane that it is for it: it has no \"aud\"")
 }
 
 /// The key and the challenge are those of a connection, which there is none of; neither evidence looks at them.

@@ -138,8 +138,24 @@ async fn a_token_proves_its_subject_and_attributes() {
 
     // The plane made its UID itself.
     dir.write("plane.yaml", plane(&oidc, ""));
-    dir.run(&arguments).is(1).silent().complains("the ControlPlane has no uid").complains("--audience");
-    dir.run(&[&arguments[..], &["--audience", UID]].concat()).is(0);
+    let ended = dir.run(&[&arguments[..], &["-o", "json"]].concat()).is(0);
+    assert_eq!(ended.json(), wanted);
+    let unchecked = format!("warning: whether this token is for this plane isn't checked: it is for {UID:?}");
+    ended.complains(&unchecked).complains("--audience");
+    let ended = dir.run(&[&arguments[..], &["--audience", UID]].concat()).is(0);
+    assert_eq!(ended.stderr, "");
+    dir.run(&[&arguments[..], &["--audience", "another"]].concat()).is(1).silent().complains("\"another\"");
+    // Nothing else is passed over.
+    for (field, value, why) in [
+        ("aud", Value::Null, "it has no \"aud\""),
+        ("aud", json!([UID, 7]), "\"aud\""),
+        ("exp", json!(1000), "the token expired at"),
+    ] {
+        let mut changed = claims();
+        changed[field] = value;
+        dir.write("changed", oidc.mint(Algorithm::ES256, changed).unwrap());
+        dir.run(&["attest", "changed", "--jwt-issuers", "plane.yaml"]).is(1).silent().complains(why);
+    }
 }
 
 #[tokio::test]

@@ -80,6 +80,15 @@ pub enum JwtError {
 }
 
 impl Token {
+    /// Whom it says that it is for; nothing of it is verified, so it decides nothing.
+    pub fn stated_audience(&self) -> Vec<&str> {
+        match self.claims.get("aud") {
+            Some(Value::String(one)) => vec![one],
+            Some(Value::Array(all)) => all.iter().filter_map(Value::as_str).collect(),
+            _ => Vec::new(),
+        }
+    }
+
     /// Takes a token apart. Only its shape, its algorithm and its issuer are looked at.
     pub fn read(token: &str) -> Result<Self, JwtError> {
         let token = token.trim();
