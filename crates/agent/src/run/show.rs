@@ -1,0 +1,53 @@
+//! What people and the service manager are told: `status.json`, `sd_notify`.
+
+use super::Driver;
+use crate::status::Status;
+use crate::store::{StoreError, with_source};
+use onboarding_wire::onboarding as pb;
+use sd_notify::NotifyState;
+
+impl Driver {
+    pub(super) fn report_sidecar(&mut self, boot_version: String, accepted: bool, message: String) {
+        let report = pb::SidecarReport { boot_version, accepted, message };
+        self.say(pb::agent_message::Message::SidecarReport(report));
+        self.show();
+    }
+
+    /// A failure to write is said, and does not end what works: the disk may be full for a while.
+    pub(super) fn kept(&self, what: &str, write: impl Fn(&Self) -> Result<(), StoreError>) {
+        if let Err(error) = write(self) {
+            tracing::error!(
+                what,
+                error = %with_source(&error),
+                "can't keep this on disk; after a reboot the plane must be reachable"
+            );
+        }
+    }
+
+    /// `status.json`, and the service manager's line.
+    pub(super) fn show(&mut self) {
+        let status = Status::of(&self.state, &self.about);
+        if self.shown.as_ref() != Some(&status) {
+            self.kept("status", |driver| status.write(&driver.store));
+            let line = status.line();
+            if line != self.said {
+                notify(&[NotifyState::Status(&line)]);
+                self.said = line;
+            }
+            if status.sidecar == "Live" && !self.said_ready {
+                self.said_ready = true;
+                notify(&[NotifyState::Ready]);
+            }
+            if status.phase == "Draining" && self.shown.as_ref().is_none_or(|shown| shown.phase != "Draining") {
+                notify(&[NotifyState::Stopping]);
+            }
+            self.shown = Some(status);
+        }
+    }
+}
+
+fn notify(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::debug!(%error, "the service manager can't be told");
+    }
+}
