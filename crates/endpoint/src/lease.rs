@@ -218,6 +218,7 @@ impl Lease<'_> {
                 return;
             }
         };
+        self.lifecycle.try_writing(&all).await;
         let now = Timestamp::now();
         let mut events = Vec::new();
         let mut without: HashSet<RegistrationName> = named.into_iter().collect();

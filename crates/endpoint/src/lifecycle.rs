@@ -32,6 +32,8 @@ pub(crate) struct Lifecycle {
     metrics: Metrics,
     readiness: Readiness,
     failing: AtomicBool,
+    /// The last store could not be written. What can be read says nothing about that: a registry may answer from memory.
+    unwritable: AtomicBool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +61,7 @@ impl Lifecycle {
             metrics,
             readiness,
             failing: AtomicBool::new(false),
+            unwritable: AtomicBool::new(false),
         }
     }
 
@@ -87,7 +90,7 @@ impl Lifecycle {
             let stored = self.answered(self.registry.load(name).await)?;
             let next = step(&stored.state, event.clone(), Timestamp::now(), self.grace)?;
             if next.state != stored.state {
-                match self.answered(self.registry.store(name, stored.version, &next.state).await) {
+                match self.stored(self.registry.store(name, stored.version, &next.state).await) {
                     Ok(_) => {}
                     Err(RegistryError::Conflict) => continue,
                     Err(error) => return Err(error.into()),
@@ -173,20 +176,58 @@ impl Lifecycle {
         Ok(())
     }
 
+    /// Where the last store could not be written, stores what is there once more: readiness comes back without an agent's help.
+    pub(crate) async fn try_writing(&self, all: &[(RegistrationName, State)]) {
+        if !self.unwritable.load(Ordering::Relaxed) {
+            return;
+        }
+        match all.first() {
+            Some((name, _)) => {
+                if let Ok(stored) = self.answered(self.registry.load(name).await) {
+                    let _ = self.stored(self.registry.store(name, stored.version, &stored.state).await);
+                }
+            }
+            // Nothing to try it with: the next agent does.
+            None => self.is_well(),
+        }
+    }
+
     /// Readiness follows what the registry last did.
     fn answered<T>(&self, answer: Result<T, RegistryError>) -> Result<T, RegistryError> {
         match &answer {
-            Err(error @ RegistryError::Unavailable(_)) => {
-                self.failing.store(true, Ordering::Relaxed);
-                self.readiness.missing(REGISTRY, error.to_string());
-            }
+            Err(error @ RegistryError::Unavailable(_)) => self.is_failing(error),
             Ok(_) | Err(RegistryError::Conflict | RegistryError::Foreign(_)) => {
-                if self.failing.swap(false, Ordering::Relaxed) {
-                    self.readiness.ready(REGISTRY);
+                if !self.unwritable.load(Ordering::Relaxed) {
+                    self.is_well();
                 }
             }
         }
         answer
+    }
+
+    fn stored<T>(&self, answer: Result<T, RegistryError>) -> Result<T, RegistryError> {
+        match &answer {
+            Err(error @ RegistryError::Unavailable(_)) => {
+                self.unwritable.store(true, Ordering::Relaxed);
+                self.is_failing(error);
+            }
+            Ok(_) => self.is_well(),
+            // Nothing was written.
+            Err(RegistryError::Conflict | RegistryError::Foreign(_)) => {}
+        }
+        answer
+    }
+
+    fn is_failing(&self, error: &RegistryError) {
+        self.failing.store(true, Ordering::Relaxed);
+        self.readiness.missing(REGISTRY, error.to_string());
+    }
+
+    fn is_well(&self) {
+        self.unwritable.store(false, Ordering::Relaxed);
+        if self.failing.swap(false, Ordering::Relaxed) {
+            self.readiness.ready(REGISTRY);
+        }
     }
 }
 

@@ -266,8 +266,12 @@ async fn a_registry_that_can_not_be_written_acknowledges_nothing() {
     plane.registry.broken.store(true, std::sync::atomic::Ordering::SeqCst);
     assert_refused(agent.register().await, Code::Unavailable, "no space left on device");
     assert_refused(agent.session().await.map(|_| ()), Code::NotFound, "registration is gone");
+    // That it can be read doesn't make it ready again; that it was written does.
+    let reasons = plane.readiness.reasons();
+    assert_eq!(reasons, ["registry: the registry is unavailable: no space left on device"]);
     plane.registry.broken.store(false, std::sync::atomic::Ordering::SeqCst);
     agent.register().await.unwrap();
+    assert_eq!(plane.readiness.reasons(), Vec::<String>::new());
 }
 
 #[tokio::test]

@@ -24,6 +24,7 @@ impl DataDir {
             .recursive(true)
             .mode(0o700)
             .create(path)
+            .map_err(writable)
             .with_context(|| format!("making the data directory {}", path.display()))?;
         let lock_path = path.join("lock");
         let lock = OpenOptions::new()
@@ -32,7 +33,10 @@ impl DataDir {
             .write(true)
             .mode(0o600)
             .open(&lock_path)
-            .with_context(|| format!("opening {} for writing", lock_path.display()))?;
+            .map_err(writable)
+            .with_context(|| {
+                format!("the data directory {} can't be written: opening {}", path.display(), lock_path.display())
+            })?;
         match lock.try_lock() {
             Ok(()) => Ok(Self { path: path.to_owned(), _lock: lock }),
             Err(TryLockError::WouldBlock) => bail!(
@@ -81,6 +85,16 @@ impl DataDir {
             let _ = fs::remove_file(&part);
         }
         written
+    }
+}
+
+/// With the way out, where the disk is read-only: the kernel's three words are easily overread.
+fn writable(error: io::Error) -> anyhow::Error {
+    match error.kind() {
+        io::ErrorKind::ReadOnlyFilesystem => anyhow::anyhow!(
+            "{error}; mount its disk for writing (after a disk error: repair it first), or name another directory with --data-dir"
+        ),
+        _ => error.into(),
     }
 }
 
