@@ -78,6 +78,9 @@ impl Running {
         if !self.drain.wait(DRAIN_DEADLINE).await {
             tracing::warn!("some connections did not end in time");
         }
+        // Each part clears away what it made (the admin socket), if it is given the time.
+        let parts = async { while self.tasks.join_next().await.is_some() {} };
+        let _ = tokio::time::timeout(DRAIN_DEADLINE, parts).await;
         match ended {
             Some(Err(error)) => Err(error).context("a part of the endpoint failed"),
             _ if !asked => anyhow::bail!("a part of the endpoint ended by itself"),
