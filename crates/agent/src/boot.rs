@@ -1,5 +1,9 @@
 //! The boot configuration that the agent holds: what came last, put together from differences, kept on disk.
 
+mod istio;
+
+pub use istio::{Address, Istio, PROXY_CONFIG, Secret};
+
 use aws_lc_rs::digest::{SHA256, digest};
 use onboarding_wire::onboarding as pb;
 use prost::Message;
@@ -11,14 +15,36 @@ pub struct HeldBoot {
     pub version: String,
     pub spiffe_id: String,
     pub trust_domain: String,
-    pub node_id: String,
-    pub cluster: String,
-    /// Each resource as protobuf JSON, by type and name.
-    pub resources: BTreeMap<(XdsType, String), Vec<u8>>,
+    pub sidecar: Sidecar,
     pub probe: Option<pb::Probe>,
     pub host_aliases: Vec<pb::HostAlias>,
     pub ingress: Vec<pb::IngressListener>,
     pub propagation_delay: std::time::Duration,
+}
+
+/// Which mesh it is for, and so who configures the sidecar.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Sidecar {
+    /// The plane does, through the agent.
+    Standalone(Standalone),
+    /// istiod does.
+    Istio(Box<Istio>),
+}
+
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Standalone {
+    pub node_id: String,
+    pub cluster: String,
+    /// Each resource as protobuf JSON, by type and name.
+    pub resources: Resources,
+}
+
+pub type Resources = BTreeMap<(XdsType, String), Vec<u8>>;
+
+impl Default for Sidecar {
+    fn default() -> Self {
+        Self::Standalone(Standalone::default())
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -34,10 +60,8 @@ pub enum XdsType {
 pub enum BootError {
     #[error("the plane sent a difference to version {base:?}, and this agent holds {held:?}")]
     AnotherBase { base: String, held: String },
-    #[error(
-        "the plane sent the boot files of an Istio sidecar, and this agent runs Envoy by itself; enrol with a plane of the standalone mesh"
-    )]
-    NotEnvoy,
+    #[error("the sidecar is configured with this host's address, which this agent has not registered yet")]
+    NoHostAddress,
     #[error("the plane sent a boot configuration whose {field} {problem}")]
     Malformed { field: &'static str, problem: String },
 }
@@ -52,16 +76,100 @@ impl HeldBoot {
         if message.version.is_empty() {
             return Err(malformed("version", "is missing"));
         }
-        let envoy = match message.sidecar {
-            Some(pb::boot_configuration::Sidecar::Envoy(envoy)) => envoy,
-            Some(pb::boot_configuration::Sidecar::Istio(_)) => return Err(BootError::NotEnvoy),
-            None => return Err(malformed("sidecar", "is missing")),
+        let sidecar = match (message.sidecar, held) {
+            (Some(pb::boot_configuration::Sidecar::Envoy(envoy)), _) => {
+                Sidecar::Standalone(Standalone::apply(held, envoy)?)
+            }
+            (Some(pb::boot_configuration::Sidecar::Istio(istio)), Some(held)) if held.version == message.version => {
+                return held.with_token_of(istio);
+            }
+            (Some(pb::boot_configuration::Sidecar::Istio(istio)), _) => Sidecar::Istio(Box::new(Istio::read(istio)?)),
+            (None, _) => return Err(malformed("sidecar", "is missing")),
         };
+        Ok(Self {
+            version: message.version,
+            spiffe_id: message.spiffe_id,
+            trust_domain: message.trust_domain,
+            sidecar,
+            probe: message.probe,
+            host_aliases: message.host_aliases,
+            ingress: message.ingress,
+            propagation_delay: message
+                .propagation_delay
+                .and_then(|delay| delay.try_into().ok())
+                .unwrap_or(std::time::Duration::from_secs(10)),
+        })
+    }
+
+    /// The version that is held brings a new token, and nothing else.
+    fn with_token_of(&self, message: pb::IstioBoot) -> Result<Self, BootError> {
+        let sidecar = match &self.sidecar {
+            Sidecar::Istio(istio) => Sidecar::Istio(Box::new(istio.with_token_of(message)?)),
+            Sidecar::Standalone(_) => Sidecar::Istio(Box::new(Istio::read(message)?)),
+        };
+        Ok(Self { sidecar, ..self.clone() })
+    }
+
+    /// Of the standalone mesh; none, where istiod has them.
+    pub fn resources(&self) -> &Resources {
+        static NONE: Resources = Resources::new();
+        match &self.sidecar {
+            Sidecar::Standalone(standalone) => &standalone.resources,
+            Sidecar::Istio(_) => &NONE,
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn resources_mut(&mut self) -> &mut Resources {
+        match &mut self.sidecar {
+            Sidecar::Standalone(standalone) => &mut standalone.resources,
+            Sidecar::Istio(_) => panic!("istiod has them"),
+        }
+    }
+
+    /// The whole of it as the message that would bring it.
+    pub fn to_message(&self) -> pb::BootConfiguration {
+        let sidecar = match &self.sidecar {
+            Sidecar::Standalone(standalone) => pb::boot_configuration::Sidecar::Envoy(standalone.to_message()),
+            Sidecar::Istio(istio) => pb::boot_configuration::Sidecar::Istio(istio.to_message()),
+        };
+        pb::BootConfiguration {
+            version: self.version.clone(),
+            spiffe_id: self.spiffe_id.clone(),
+            trust_domain: self.trust_domain.clone(),
+            sidecar: Some(sidecar),
+            probe: self.probe.clone(),
+            host_aliases: self.host_aliases.clone(),
+            ingress: self.ingress.clone(),
+            propagation_delay: self.propagation_delay.try_into().ok(),
+        }
+    }
+
+    /// For the disk: SHA-256 of what follows, then the message.
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        let message = self.to_message().encode_to_vec();
+        let mut bytes = digest(&SHA256, &message).as_ref().to_vec();
+        bytes.extend_from_slice(&message);
+        bytes
+    }
+
+    /// `None`: damaged.
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (sum, message) = bytes.split_at_checked(32)?;
+        if digest(&SHA256, message).as_ref() != sum {
+            return None;
+        }
+        Self::apply(None, pb::BootConfiguration::decode(message).ok()?).ok()
+    }
+}
+
+impl Standalone {
+    fn apply(held: Option<&HeldBoot>, envoy: pb::EnvoyBoot) -> Result<Self, BootError> {
         let mut resources = if envoy.base_version.is_empty() {
             BTreeMap::new()
         } else {
             match held {
-                Some(held) if held.version == envoy.base_version => held.resources.clone(),
+                Some(held) if held.version == envoy.base_version => held.resources().clone(),
                 other => {
                     return Err(BootError::AnotherBase {
                         base: envoy.base_version,
@@ -85,25 +193,10 @@ impl HeldBoot {
             }
             resources.insert((kind, changed.name), json.to_vec());
         }
-        Ok(Self {
-            version: message.version,
-            spiffe_id: message.spiffe_id,
-            trust_domain: message.trust_domain,
-            node_id: envoy.node_id,
-            cluster: envoy.cluster,
-            resources,
-            probe: message.probe,
-            host_aliases: message.host_aliases,
-            ingress: message.ingress,
-            propagation_delay: message
-                .propagation_delay
-                .and_then(|delay| delay.try_into().ok())
-                .unwrap_or(std::time::Duration::from_secs(10)),
-        })
+        Ok(Self { node_id: envoy.node_id, cluster: envoy.cluster, resources })
     }
 
-    /// The whole of it as the message that would bring it.
-    pub fn to_message(&self) -> pb::BootConfiguration {
+    fn to_message(&self) -> pb::EnvoyBoot {
         let changed = self.resources.iter().map(|((kind, name), json)| pb::XdsResource {
             r#type: match kind {
                 XdsType::Listener => pb::XdsType::Listener,
@@ -115,39 +208,13 @@ impl HeldBoot {
             name: name.clone(),
             json: json.clone().into(),
         });
-        pb::BootConfiguration {
-            version: self.version.clone(),
-            spiffe_id: self.spiffe_id.clone(),
-            trust_domain: self.trust_domain.clone(),
-            sidecar: Some(pb::boot_configuration::Sidecar::Envoy(pb::EnvoyBoot {
-                base_version: String::new(),
-                changed: changed.collect(),
-                removed: Vec::new(),
-                node_id: self.node_id.clone(),
-                cluster: self.cluster.clone(),
-            })),
-            probe: self.probe.clone(),
-            host_aliases: self.host_aliases.clone(),
-            ingress: self.ingress.clone(),
-            propagation_delay: self.propagation_delay.try_into().ok(),
+        pb::EnvoyBoot {
+            base_version: String::new(),
+            changed: changed.collect(),
+            removed: Vec::new(),
+            node_id: self.node_id.clone(),
+            cluster: self.cluster.clone(),
         }
-    }
-
-    /// For the disk: SHA-256 of what follows, then the message.
-    pub(crate) fn to_bytes(&self) -> Vec<u8> {
-        let message = self.to_message().encode_to_vec();
-        let mut bytes = digest(&SHA256, &message).as_ref().to_vec();
-        bytes.extend_from_slice(&message);
-        bytes
-    }
-
-    /// `None`: damaged.
-    pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let (sum, message) = bytes.split_at_checked(32)?;
-        if digest(&SHA256, message).as_ref() != sum {
-            return None;
-        }
-        Self::apply(None, pb::BootConfiguration::decode(message).ok()?).ok()
     }
 }
 
@@ -190,7 +257,7 @@ mod tests {
     }
 
     fn names(boot: &HeldBoot) -> Vec<(XdsType, &str)> {
-        boot.resources.keys().map(|(kind, name)| (*kind, name.as_str())).collect()
+        boot.resources().keys().map(|(kind, name)| (*kind, name.as_str())).collect()
     }
 
     #[test]
@@ -206,7 +273,7 @@ mod tests {
         };
         let next = HeldBoot::apply(Some(&first()), message("2", envoy)).unwrap();
         assert_eq!(names(&next), [(XdsType::Listener, "a"), (XdsType::Cluster, "b")]);
-        assert_eq!(next.resources[&(XdsType::Listener, "a".to_owned())], br#"{"a":2}"#);
+        assert_eq!(next.resources()[&(XdsType::Listener, "a".to_owned())], br#"{"a":2}"#);
         assert_eq!(next.version, "2");
     }
 
@@ -231,12 +298,6 @@ mod tests {
         let apply = |message| HeldBoot::apply(None, message).unwrap_err().to_string();
         assert!(apply(message("", pb::EnvoyBoot::default())).contains("version is missing"));
         assert!(apply(pb::BootConfiguration { version: "1".to_owned(), ..Default::default() }).contains("sidecar"));
-        let istio = pb::BootConfiguration {
-            version: "1".to_owned(),
-            sidecar: Some(pb::boot_configuration::Sidecar::Istio(pb::IstioBoot::default())),
-            ..Default::default()
-        };
-        assert_eq!(HeldBoot::apply(None, istio), Err(BootError::NotEnvoy));
         for (kind, name, json, words) in [
             (pb::XdsType::Unspecified, "a", "{}", "has no type"),
             (pb::XdsType::Listener, "", "{}", "has no name"),

@@ -1,7 +1,7 @@
 //! Envoy's bootstrap and command line. Pure.
 
 use super::Options;
-use crate::boot::HeldBoot;
+use crate::boot::Standalone;
 use onboarding_wire::xds;
 use serde_json::json;
 use std::ffi::OsString;
@@ -16,7 +16,7 @@ const MAX_DOWNSTREAM_CONNECTIONS: u32 = 20_000;
 const DRAIN_SECONDS: u32 = 45;
 
 /// The bootstrap as JSON. `instance` is in the node's metadata, so that whoever asks the admin address can tell this Envoy from another's.
-pub(super) fn json(options: &Options, boot: &HeldBoot, instance: &str) -> Vec<u8> {
+pub(super) fn json(options: &Options, boot: &Standalone, instance: &str) -> Vec<u8> {
     // The cluster's name is the one that Istio's agents serve by, so that the resources are the same in both meshes.
     let bootstrap = json!({
         "node": {"id": boot.node_id, "cluster": boot.cluster, "metadata": {"instance": instance}},
@@ -99,7 +99,7 @@ mod tests {
             stderr: "/dev/stderr".into(),
             admin: "[::1]:15000".parse().unwrap(),
         };
-        let boot = HeldBoot { node_id: "bookinfo/\"r\"".into(), cluster: "ratings".into(), ..HeldBoot::default() };
+        let boot = Standalone { node_id: "bookinfo/\"r\"".into(), cluster: "ratings".into(), ..Standalone::default() };
         let bootstrap: serde_json::Value = serde_json::from_slice(&json(&options, &boot, "i")).unwrap();
         assert_eq!(bootstrap["node"]["id"], "bookinfo/\"r\"");
         assert_eq!(bootstrap["admin"]["address"]["socket_address"], json!({"address": "::1", "port_value": 15000}));

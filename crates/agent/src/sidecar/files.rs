@@ -4,15 +4,13 @@
 //! RDS). The order makes before it breaks: what is referred to is there, and accepted, before what refers to it; what nothing refers
 //! to any more goes last.
 
-use crate::boot::{HeldBoot, XdsType};
+use crate::boot::{HeldBoot, Resources, XdsType};
 use anyhow::Context;
 use onboarding_wire::onboarding as pb;
 use onboarding_wire::xds;
 use serde::Deserialize;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::Path;
-
-type Resources = BTreeMap<(XdsType, String), Vec<u8>>;
 
 /// Files that are handed over together, and what tells that Envoy took them. The next step waits for that.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -46,15 +44,15 @@ impl Step {
 pub(super) fn whole(to: &HeldBoot) -> Step {
     let mut step = Step::default();
     for kind in [XdsType::Endpoint, XdsType::Route] {
-        for (name, resource) in of_type(&to.resources, kind) {
+        for (name, resource) in of_type(to.resources(), kind) {
             step.writes.extend(own_file(kind, name, &to.version, resource));
         }
     }
-    step.writes.push((xds::CLUSTERS.to_owned(), shared_file(&to.version, of_type(&to.resources, XdsType::Cluster))));
-    step.writes.push((xds::LISTENERS.to_owned(), shared_file(&to.version, of_type(&to.resources, XdsType::Listener))));
+    step.writes.push((xds::CLUSTERS.to_owned(), shared_file(&to.version, of_type(to.resources(), XdsType::Cluster))));
+    step.writes.push((xds::LISTENERS.to_owned(), shared_file(&to.version, of_type(to.resources(), XdsType::Listener))));
     let mut expected = vec![Subscription::Clusters, Subscription::Listeners];
-    expected.extend(endpoint_subscriptions(&to.resources, |_| true));
-    expected.extend(route_subscriptions(&to.resources, |_| true));
+    expected.extend(endpoint_subscriptions(to.resources(), |_| true));
+    expected.extend(route_subscriptions(to.resources(), |_| true));
     step.expect(expected, &to.version);
     step
 }
@@ -63,8 +61,8 @@ pub(super) fn whole(to: &HeldBoot) -> Step {
 pub(super) fn rewrite(from: &HeldBoot, to: &HeldBoot) -> Step {
     let mut step = whole(to);
     for kind in [XdsType::Endpoint, XdsType::Route] {
-        let gone =
-            of_type(&from.resources, kind).filter(|(name, _)| !to.resources.contains_key(&(kind, (*name).to_owned())));
+        let gone = of_type(from.resources(), kind)
+            .filter(|(name, _)| !to.resources().contains_key(&(kind, (*name).to_owned())));
         step.removes.extend(gone.filter_map(|(name, _)| xds::file(wire(kind), name)));
     }
     step
@@ -74,15 +72,15 @@ pub(super) fn rewrite(from: &HeldBoot, to: &HeldBoot) -> Step {
 pub(super) fn steps(from: &HeldBoot, to: &HeldBoot) -> Vec<Step> {
     let version = &to.version;
     let changed = |kind| {
-        of_type(&to.resources, kind)
-            .filter(|(name, resource)| from.resources.get(&(kind, (*name).to_owned())) != Some(*resource))
+        of_type(to.resources(), kind)
+            .filter(|(name, resource)| from.resources().get(&(kind, (*name).to_owned())) != Some(*resource))
             .map(|(name, _)| name)
             .collect::<BTreeSet<&str>>()
     };
     let gone = |kind| {
-        of_type(&from.resources, kind)
+        of_type(from.resources(), kind)
             .map(|(name, _)| name)
-            .filter(|name| !to.resources.contains_key(&(kind, (*name).to_owned())))
+            .filter(|name| !to.resources().contains_key(&(kind, (*name).to_owned())))
             .collect::<BTreeSet<&str>>()
     };
 
@@ -91,21 +89,21 @@ pub(super) fn steps(from: &HeldBoot, to: &HeldBoot) -> Vec<Step> {
     let endpoints = changed(XdsType::Endpoint);
     let (new_routes, old_routes): (BTreeSet<&str>, BTreeSet<&str>) = changed(XdsType::Route)
         .into_iter()
-        .partition(|name| !from.resources.contains_key(&(XdsType::Route, (*name).to_owned())));
+        .partition(|name| !from.resources().contains_key(&(XdsType::Route, (*name).to_owned())));
     let (clusters, clusters_gone) = (changed(XdsType::Cluster), gone(XdsType::Cluster));
     for (kind, names) in [(XdsType::Endpoint, &endpoints), (XdsType::Route, &new_routes)] {
         for name in names {
-            if let Some(resource) = to.resources.get(&(kind, (*name).to_owned())) {
+            if let Some(resource) = to.resources().get(&(kind, (*name).to_owned())) {
                 first.writes.extend(own_file(kind, name, version, resource));
             }
         }
     }
-    first.expect(endpoint_subscriptions(&to.resources, |name| endpoints.contains(name)), version);
+    first.expect(endpoint_subscriptions(to.resources(), |name| endpoints.contains(name)), version);
     if !clusters.is_empty() {
-        let kept = of_type(&from.resources, XdsType::Cluster).filter(|(name, _)| clusters_gone.contains(name));
+        let kept = of_type(from.resources(), XdsType::Cluster).filter(|(name, _)| clusters_gone.contains(name));
         // Told from the last step's file by its version.
         let version = if clusters_gone.is_empty() { version.clone() } else { format!("{version}~") };
-        let all = of_type(&to.resources, XdsType::Cluster).chain(kept);
+        let all = of_type(to.resources(), XdsType::Cluster).chain(kept);
         first.writes.push((xds::CLUSTERS.to_owned(), shared_file(&version, all)));
         first.expect(vec![Subscription::Clusters], &version);
     }
@@ -113,17 +111,17 @@ pub(super) fn steps(from: &HeldBoot, to: &HeldBoot) -> Vec<Step> {
     // What refers to it.
     let mut second = Step::default();
     for name in &old_routes {
-        if let Some(resource) = to.resources.get(&(XdsType::Route, (*name).to_owned())) {
+        if let Some(resource) = to.resources().get(&(XdsType::Route, (*name).to_owned())) {
             second.writes.extend(own_file(XdsType::Route, name, version, resource));
         }
     }
     let listeners_change = !changed(XdsType::Listener).is_empty() || !gone(XdsType::Listener).is_empty();
     if listeners_change {
-        let all = of_type(&to.resources, XdsType::Listener);
+        let all = of_type(to.resources(), XdsType::Listener);
         second.writes.push((xds::LISTENERS.to_owned(), shared_file(version, all)));
         second.expect(vec![Subscription::Listeners], version);
     }
-    let routes = route_subscriptions(&to.resources, |name| {
+    let routes = route_subscriptions(to.resources(), |name| {
         old_routes.contains(name) || (listeners_change && new_routes.contains(name))
     });
     second.expect(routes, version);
@@ -131,7 +129,7 @@ pub(super) fn steps(from: &HeldBoot, to: &HeldBoot) -> Vec<Step> {
     // What nothing refers to any more.
     let mut third = Step::default();
     if !clusters_gone.is_empty() {
-        let all = of_type(&to.resources, XdsType::Cluster);
+        let all = of_type(to.resources(), XdsType::Cluster);
         third.writes.push((xds::CLUSTERS.to_owned(), shared_file(version, all)));
         third.expect(vec![Subscription::Clusters], version);
     }
@@ -280,7 +278,9 @@ mod tests {
     fn boot(version: &str, resources: &[(XdsType, &str, &str)]) -> HeldBoot {
         let resources =
             resources.iter().map(|(kind, name, json)| ((*kind, (*name).to_owned()), json.as_bytes().to_vec()));
-        HeldBoot { version: version.into(), resources: resources.collect(), ..HeldBoot::default() }
+        let mut boot = HeldBoot { version: version.into(), ..HeldBoot::default() };
+        boot.resources_mut().extend(resources);
+        boot
     }
 
     const L: XdsType = XdsType::Listener;
@@ -350,7 +350,7 @@ mod tests {
     #[test]
     fn only_what_changed_is_written() {
         let mut to = HeldBoot { version: "2".into(), ..first() };
-        to.resources.insert((E, "e".into()), b"{\"n\":1}".to_vec());
+        to.resources_mut().insert((E, "e".into()), b"{\"n\":1}".to_vec());
         let steps = steps(&first(), &to);
         assert_eq!(steps.iter().map(names).collect::<Vec<_>>(), [["xds/eds/e"]]);
         assert_eq!(steps[0].expected, [at("2", Subscription::Endpoints("a_b".into()))]);

@@ -5,7 +5,7 @@ use super::files::{self, Step, Subscription};
 use super::process::Process;
 use super::sds::Refused;
 use super::{Event, Options, bootstrap};
-use crate::boot::HeldBoot;
+use crate::boot::{self, HeldBoot};
 use onboarding_runtime::backoff::Backoff;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
@@ -111,7 +111,9 @@ impl Supervisor {
         let instance = format!("{:032x}", rand::random::<u128>());
         let good = std::fs::read(options.directory.join(ACCEPTED)).ok().and_then(|bytes| HeldBoot::from_bytes(&bytes));
         files::prepare(&options.directory)?;
-        files::write(&options.directory, bootstrap::FILE, &bootstrap::json(&options, &boot, &instance))?;
+        if let boot::Sidecar::Standalone(standalone) = &boot.sidecar {
+            files::write(&options.directory, bootstrap::FILE, &bootstrap::json(&options, standalone, &instance))?;
+        }
         write_all(&options, &files::whole(&boot))?;
         let process = Process::start(&options)?;
         Ok(Self {
@@ -372,7 +374,7 @@ impl Supervisor {
         self.deaths = 0;
         self.said.rejected = None;
         let version = self.current.version.clone();
-        if self.good.as_ref().is_none_or(|good| good.version != version || good.resources != self.current.resources)
+        if self.good.as_ref().is_none_or(|good| good.version != version || good.resources() != self.current.resources())
             && let Err(error) = files::write(&self.options.directory, ACCEPTED, &self.current.to_bytes())
         {
             tracing::warn!(error = %format!("{error:#}"), "can't keep the accepted configuration on disk");
@@ -385,7 +387,7 @@ impl Supervisor {
     }
 
     async fn refused(&mut self, boot: Arc<HeldBoot>, message: String) {
-        let better = self.good.as_ref().is_some_and(|good| good.resources != boot.resources);
+        let better = self.good.as_ref().is_some_and(|good| good.resources() != boot.resources());
         let version = boot.version.clone();
         self.current = boot;
         if better {
@@ -421,7 +423,7 @@ impl Supervisor {
             Verdict::Taken => self.standing = Standing::Accepted,
             Verdict::Nobody => self.standing = Standing::Unknown,
             Verdict::Refused(message) => {
-                tracing::error!(message, "the sidecar refuses its last good configuration");
+                tracing::error!(why = message, "the sidecar refuses its last good configuration");
                 self.standing = Standing::Refused;
                 self.try_again(Arc::clone(&self.current));
             }
@@ -446,7 +448,7 @@ impl Supervisor {
         // An exit with a code has another cause, as an admin address that somebody has.
         if crashed && self.standing == Standing::Unknown {
             self.deaths += 1;
-            let good = self.good.clone().filter(|good| good.resources != self.current.resources);
+            let good = self.good.clone().filter(|good| good.resources() != self.current.resources());
             // Once may be a coincidence.
             if self.deaths > 1
                 && let Some(good) = good

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a panic is how a test fails")]
 
 use super::{Event, Identity, Options, Sidecar};
-use crate::boot::{HeldBoot, XdsType};
+use crate::boot::{self, HeldBoot, Standalone, XdsType};
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Bytes;
 use hyper_util::client::legacy::Client;
@@ -153,19 +153,22 @@ impl Builder {
     fn new(version: &str) -> Self {
         Self(HeldBoot {
             version: version.into(),
-            node_id: "bookinfo/one".into(),
-            cluster: "one".into(),
+            sidecar: boot::Sidecar::Standalone(Standalone {
+                node_id: "bookinfo/one".into(),
+                cluster: "one".into(),
+                ..Standalone::default()
+            }),
             ..HeldBoot::default()
         })
     }
 
     fn put(mut self, kind: XdsType, name: &str, json: &Value) -> Self {
-        self.0.resources.insert((kind, name.to_owned()), json.to_string().into_bytes());
+        self.0.resources_mut().insert((kind, name.to_owned()), json.to_string().into_bytes());
         self
     }
 
     fn without(mut self, kind: XdsType, name: &str) -> Self {
-        self.0.resources.remove(&(kind, name.to_owned())).unwrap();
+        self.0.resources_mut().remove(&(kind, name.to_owned())).unwrap();
         self
     }
 
@@ -294,8 +297,8 @@ async fn what_is_refused_changes_nothing_and_says_why() {
     let mut bad_listener = world.boot("listener").0;
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     bad_listener
-        .resources
-        .extend(world.boot("").listener("second", taken.local_addr().unwrap(), "route:8080").0.resources);
+        .resources_mut()
+        .extend(world.boot("").listener("second", taken.local_addr().unwrap(), "route:8080").0.resources().clone());
     let no_match = json!({"@type": "type.googleapis.com/envoy.config.route.v3.RouteConfiguration", "name": "route:8080",
         "virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [{"route": {"cluster": "app|8080"}}]}]});
     let no_name = json!({"@type": "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"});
