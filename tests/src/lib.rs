@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, reason = "all of it is tests")]
 
 mod cloud;
+pub mod mesh;
 pub mod scenario;
 pub mod until;
 pub mod vm;

@@ -45,7 +45,7 @@ impl Default for Options {
 pub struct Istiod {
     /// xDS and the CA, TLS; its certificate is for `istiod.istio-system.svc`.
     pub secure: SocketAddr,
-    /// `/debug/syncz` and the like, plain HTTP.
+    /// `/debug/syncz` and the like, plain HTTP; istiod answers whoever asks from its own machine.
     pub http: SocketAddr,
 }
 
@@ -264,7 +264,8 @@ impl Cluster {
             "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: istio, namespace: {ISTIO_SYSTEM}}}\ndata:\n  mesh: |\n{indented}"
         ))?;
         let address = self.options.address;
-        let istiod = Istiod { secure: free_port(address)?, http: free_port(address)? };
+        let http = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), free_port(address)?.port());
+        let istiod = Istiod { secure: free_port(address)?, http };
         let (https, monitoring) = (free_port(address)?, free_port(address)?);
         let mut command = (self.options.command)(&self.binary("pilot-discovery"));
         command
