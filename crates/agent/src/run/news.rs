@@ -91,7 +91,7 @@ impl Driver {
             News::Keeper(news) => self.keeper_says(news),
             News::Probe(event) => {
                 let probe::Event { ready, message } = event;
-                tracing::info!(ready, message, "the application's readiness changed");
+                tracing::info!(ready, why = message, "the application's readiness changed");
                 self.happened(Event::ProbeResult(machine::Health { ready, message }));
             }
             News::Plain(event) => {
@@ -146,7 +146,7 @@ impl Driver {
             }
             Some(pb::plane_message::Message::End(end)) => {
                 let reason = session_end(end.reason());
-                tracing::warn!(reason = ?reason, message = end.message, "the plane ended the session");
+                tracing::warn!(reason = ?reason, why = end.message, "the plane ended the session");
                 self.happened(Event::SessionEnded { reason, message: end.message });
             }
             // Of a newer plane.
@@ -165,7 +165,7 @@ impl Driver {
                 tracing::info!(
                     version = boot.version,
                     spiffe_id = boot.spiffe_id,
-                    resources = boot.resources.len(),
+                    resources = boot.resources().len(),
                     "got a boot configuration"
                 );
                 let facts = boot_facts(&boot);
@@ -214,7 +214,7 @@ impl Driver {
                 self.report_sidecar(version, true, String::new());
             }
             keeper::News::Sidecar(sidecar::Event::Rejected { version, message }) => {
-                tracing::error!(version, message, "the sidecar refused a configuration; the last good one stays");
+                tracing::error!(version, why = message, "the sidecar refused a configuration; the last good one stays");
                 self.about.configuration_problem = Some(message.clone());
                 self.report_sidecar(version, false, message);
             }
