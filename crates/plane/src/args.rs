@@ -37,6 +37,19 @@ pub struct Standalone {
     /// Registrations, keys, the mesh's root; made where it is missing.
     #[arg(long, value_name = "DIR", default_value = "/var/lib/onboarding-plane")]
     pub data_dir: PathBuf,
+    #[command(flatten)]
+    pub serving: Serving,
+    /// Trust domain of the mesh.
+    #[arg(long, value_name = "DOMAIN", default_value = onboarding_standalone::Options::DEFAULT_TRUST_DOMAIN)]
+    pub trust_domain: String,
+    /// Life of the sidecars' certificates; they are renewed at half of it.
+    #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = duration)]
+    pub certificate_life: Duration,
+}
+
+/// What every plane has, wherever its configuration comes from.
+#[derive(Debug, clap::Args)]
+pub struct Serving {
     /// Where agents connect.
     #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:15443")]
     pub listen: SocketAddr,
@@ -46,13 +59,7 @@ pub struct Standalone {
     /// How long a workload stays in the mesh after its agent's connection was lost, as in 5m or 90s.
     #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = duration)]
     pub grace_period: Duration,
-    /// Trust domain of the mesh.
-    #[arg(long, value_name = "DOMAIN", default_value = onboarding_standalone::Options::DEFAULT_TRUST_DOMAIN)]
-    pub trust_domain: String,
-    /// Life of the sidecars' certificates; they are renewed at half of it.
-    #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = duration)]
-    pub certificate_life: Duration,
-    /// One line of JSON for each decision; `-` is standard output. Default: audit.jsonl in the data directory.
+    /// One line of JSON for each decision; `-` is standard output.
     #[arg(long, value_name = "FILE")]
     pub audit_log: Option<PathBuf>,
     /// Connections that one address may have; behind a NAT or a gateway all agents have one address.

@@ -1,6 +1,7 @@
 //! `onboarding-plane`: picks a backend, starts an endpoint on it, waits.
 
 mod args;
+mod serve;
 mod standalone;
 
 use args::{Args, Command};
@@ -8,17 +9,18 @@ use clap::Parser;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    match Args::parse().command {
-        Command::Standalone(args) => match standalone::run(*args) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                tracing::error!("the plane ends: {error:#}");
-                ExitCode::FAILURE
-            }
-        },
+    let ended = match Args::parse().command {
+        Command::Standalone(args) => standalone::run(*args),
         Command::Completions { shell } => {
             args::completions(shell);
-            ExitCode::SUCCESS
+            Ok(())
+        }
+    };
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("the plane ends: {error:#}");
+            ExitCode::FAILURE
         }
     }
 }

@@ -1,135 +1,37 @@
-//! The standalone backend and an endpoint on it, in one process.
+//! The standalone backend: a directory of manifests and a data directory.
 
-use crate::args::{LogFormat, Standalone};
-use anyhow::Context;
-use onboarding_attest::Attestors;
-use onboarding_endpoint::audit::Audit;
+use crate::args::Standalone;
+use crate::serve::{self, Opened};
 use onboarding_endpoint::backend::{Alone, Backend, LogOnly};
-use onboarding_endpoint::limits::Limits;
-use onboarding_runtime::{admin, descriptors, logs, readiness::Readiness, shutdown};
-use prometheus_client::registry::Registry;
-use std::fs::OpenOptions;
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// The only one on its data directory: what is on record as connected to it is so by an earlier run, whatever the host was called then.
 const REPLICA: &str = "onboarding-plane";
-/// Open files that aren't agents' connections.
-const OTHER_FILES: u64 = 128;
 
 /// Until SIGTERM or SIGINT.
 pub fn run(args: Standalone) -> anyhow::Result<()> {
-    let format = match args.log_format {
-        LogFormat::Text => logs::Format::Text,
-        LogFormat::Json => logs::Format::Json,
-    };
-    logs::init(format, "info");
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
-    runtime.block_on(serve(args))
-}
-
-async fn serve(args: Standalone) -> anyhow::Result<()> {
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), configuration = ?args, "starting");
-    let stop = shutdown::on_signal().context("listening for signals")?;
-    let attestors = Arc::new(Attestors::new(attestor_options(&args)?)?);
-    let mut metrics = Registry::default();
-    let readiness = Readiness::default();
-
-    let backend = onboarding_standalone::open(
-        onboarding_standalone::Options {
-            manifests: args.manifests.clone(),
-            data_dir: args.data_dir.clone(),
-            trust_domain: args.trust_domain.clone(),
-            certificate_life: args.certificate_life,
-        },
-        &mut metrics,
-        stop.clone(),
-    )?;
-    let onboarding_standalone::Backend { config, registry, provisioner, keys, tasks } = backend;
-    let options = onboarding_endpoint::Options {
-        listen: args.listen,
-        admin_socket: Some(args.data_dir.join("admin.sock")),
-        replica: REPLICA.to_owned(),
-        grace: args.grace_period,
-        limits: limits(&args),
-        audit: audit(args.audit_log.unwrap_or_else(|| args.data_dir.join("audit.jsonl")).as_path())?,
-    };
-    let backend = Backend {
-        config,
-        registry,
-        provisioner,
-        keys,
-        fleet: Arc::new(Alone { replica: REPLICA.to_owned() }),
-        notices: Arc::new(LogOnly),
-    };
-    let endpoint =
-        onboarding_endpoint::start(options, backend, attestors, &mut metrics, readiness.clone(), stop.clone()).await?;
-    let (address, admin) = admin::serve(args.admin_listen, Arc::new(metrics), readiness, stop.clone())
-        .await
-        .with_context(|| format!("opening the admin address {}", args.admin_listen))?;
-    tracing::info!(%address, "metrics and readiness are served");
-
-    endpoint.wait().await?;
-    for task in tasks {
-        task.await.context("a part of the backend failed")?;
-    }
-    admin.await.context("the admin server failed")?.context("the admin server failed")
-}
-
-fn attestor_options(args: &Standalone) -> anyhow::Result<onboarding_attest::Options> {
-    let read = |file: &Option<PathBuf>| {
-        file.as_ref()
-            .map(|file| std::fs::read_to_string(file).with_context(|| format!("reading {}", file.display())))
-            .transpose()
-    };
-    if let Some(endpoint) = &args.aws_sts_endpoint {
-        tracing::warn!(%endpoint, "STS is not asked at AWS: whoever answers there decides who has which role");
-    }
-    if let Some(file) = &args.aws_extra_certificates {
-        tracing::warn!(file = %file.display(), "identity documents that AWS did not sign are accepted: whoever has those keys is any instance");
-    }
-    if let Some(file) = &args.jwks_extra_roots {
-        tracing::warn!(file = %file.display(), "issuers' servers may have certificates of further CAs");
-    }
-    Ok(onboarding_attest::Options {
-        extra_aws_certificates: read(&args.aws_extra_certificates)?,
-        sts_endpoint: args.aws_sts_endpoint.clone(),
-        extra_roots_pem: read(&args.jwks_extra_roots)?,
+    let Standalone { manifests, data_dir, serving, trust_domain, certificate_life } = args;
+    serve::run(&serving, async |metrics, stop| {
+        tracing::info!(
+            manifests = %manifests.display(),
+            data_dir = %data_dir.display(),
+            trust_domain,
+            ?certificate_life,
+            "a plane of its own"
+        );
+        let admin_socket = Some(data_dir.join("admin.sock"));
+        let audit_log = data_dir.join("audit.jsonl");
+        let options = onboarding_standalone::Options { manifests, data_dir, trust_domain, certificate_life };
+        let onboarding_standalone::Backend { config, registry, provisioner, keys, tasks } =
+            onboarding_standalone::open(options, metrics, stop)?;
+        let backend = Backend {
+            config,
+            registry,
+            provisioner,
+            keys,
+            fleet: Arc::new(Alone { replica: REPLICA.to_owned() }),
+            notices: Arc::new(LogOnly),
+        };
+        Ok(Opened { backend, tasks, replica: REPLICA.to_owned(), admin_socket, audit_log })
     })
-}
-
-/// Appended to, and readable by the plane's user alone: it names every host.
-fn audit(file: &Path) -> anyhow::Result<Audit> {
-    let sink: Box<dyn Write + Send> = if file == Path::new("-") {
-        Box::new(std::io::stdout())
-    } else {
-        let file = OpenOptions::new()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(file)
-            .with_context(|| format!("opening the audit log {}", file.display()))?;
-        Box::new(file)
-    };
-    Audit::new(sink).context("starting the audit log")
-}
-
-/// As many connections as the process may have files.
-fn limits(args: &Standalone) -> Limits {
-    let mut limits = Limits {
-        connections_per_address: args.connections_per_address,
-        authorizations_per_second: args.authorizations_per_second,
-        ..Limits::default()
-    };
-    match descriptors::raise_limit() {
-        Ok(files) => {
-            let most = usize::try_from(files.saturating_sub(OTHER_FILES)).unwrap_or(usize::MAX);
-            limits.connections = limits.connections.min(most.max(1));
-        }
-        Err(error) => tracing::warn!(%error, "the limit of open files can't be raised"),
-    }
-    tracing::info!(connections = limits.connections, "agents that can be connected at a time");
-    limits
 }
