@@ -10,8 +10,7 @@ use onboarding_wire::onboarding as pb;
 use pb::session_end::Reason;
 use std::time::Duration;
 use support::*;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::TcpStream;
 use tonic::Code;
 
 #[tokio::test]
@@ -179,16 +178,6 @@ async fn a_connection_that_proves_nothing_is_closed() {
     agent.discover().await;
     plane.failed_connections("nothing_proven", 1).await;
     drop(silent);
-}
-
-async fn ask(plane: &Plane, request: &str) -> (u16, serde_json::Value) {
-    let mut socket = UnixStream::connect(plane.directory.path().join("admin.sock")).await.unwrap();
-    let request = format!("{request} HTTP/1.1\r\nHost: plane\r\nConnection: close\r\n\r\n");
-    socket.write_all(request.as_bytes()).await.unwrap();
-    let mut answer = String::new();
-    socket.read_to_string(&mut answer).await.unwrap();
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-    (head.split(' ').nth(1).unwrap().parse().unwrap(), serde_json::from_str(body).unwrap())
 }
 
 #[tokio::test]

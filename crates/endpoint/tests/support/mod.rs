@@ -21,13 +21,15 @@ use onboarding_runtime::readiness::Readiness;
 use onboarding_testkit::oidc::{self, Oidc};
 use onboarding_wire::onboarding as pb;
 use rustls_pki_types::ServerName;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io::Write;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::watch;
+use tokio::sync::{broadcast, watch};
+use tokio_stream::wrappers::BroadcastStream;
 use tokio_util::sync::CancellationToken;
 
 pub const UID: &str = "https://onboarding-endpoint.your-company.corp";
@@ -35,12 +37,23 @@ pub const HOST: &str = "onboarding-endpoint.your-company.corp";
 
 // ---- the backend ----
 
-#[derive(Default)]
 pub struct Memory {
     states: Mutex<HashMap<RegistrationName, Stored>>,
     keys: Mutex<(Vec<u8>, u64)>,
+    changes: broadcast::Sender<RegistrationName>,
     /// Every store fails as long as this holds.
     pub broken: std::sync::atomic::AtomicBool,
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self {
+            states: Mutex::default(),
+            keys: Mutex::default(),
+            changes: broadcast::Sender::new(1000),
+            broken: Default::default(),
+        }
+    }
 }
 
 #[async_trait]
@@ -59,7 +72,12 @@ impl Registry for Memory {
             return Err(RegistryError::Conflict);
         }
         states.insert(name.clone(), Stored { state: state.clone(), version: version + 1 });
+        // Nobody may be listening.
+        let _ = self.changes.send(name.clone());
         Ok(version + 1)
+    }
+    fn changes(&self) -> BoxStream<'static, RegistrationName> {
+        BroadcastStream::new(self.changes.subscribe()).map(Result::unwrap).boxed()
     }
     async fn list(&self) -> Result<Vec<(RegistrationName, Stored)>, RegistryError> {
         Ok(self.states.lock().unwrap().iter().map(|(name, stored)| (name.clone(), stored.clone())).collect())
@@ -78,6 +96,61 @@ impl KeyStore for Memory {
         }
         *keys = (bytes.to_vec(), expected + 1);
         Ok(keys.1)
+    }
+}
+
+/// The replicas that are there, and which of them leads.
+pub struct Crew {
+    there: Mutex<BTreeSet<String>>,
+    leader: watch::Sender<String>,
+}
+
+impl Crew {
+    /// All of them there, the first leading.
+    pub fn new(replicas: &[&str]) -> Arc<Self> {
+        let there = replicas.iter().map(|name| (*name).to_owned()).collect();
+        Arc::new(Self { there: Mutex::new(there), leader: watch::Sender::new(replicas[0].to_owned()) })
+    }
+    /// The others take this one for gone, or for back.
+    pub fn set_there(&self, replica: &str, there: bool) {
+        if there {
+            self.there.lock().unwrap().insert(replica.to_owned());
+        } else {
+            self.there.lock().unwrap().remove(replica);
+        }
+        self.leader.send_modify(|_| ());
+    }
+    pub fn elect(&self, replica: &str) {
+        self.leader.send_replace(replica.to_owned());
+    }
+}
+
+struct Member {
+    replica: String,
+    crew: Arc<Crew>,
+    leads: watch::Sender<bool>,
+}
+
+impl Member {
+    fn join(replica: &str, crew: Arc<Crew>) -> Arc<Self> {
+        let leads = watch::Sender::new(*crew.leader.borrow() == replica);
+        let member = Arc::new(Self { replica: replica.to_owned(), crew, leads });
+        let (mut leader, follower) = (member.crew.leader.subscribe(), member.clone());
+        tokio::spawn(async move {
+            while leader.changed().await.is_ok() {
+                follower.leads.send_replace(*leader.borrow_and_update() == follower.replica);
+            }
+        });
+        member
+    }
+}
+
+impl Fleet for Member {
+    fn leads(&self) -> watch::Receiver<bool> {
+        self.leads.subscribe()
+    }
+    fn is_there(&self, replica: &str) -> bool {
+        replica == self.replica || self.crew.there.lock().unwrap().contains(replica)
     }
 }
 
@@ -217,14 +290,20 @@ impl Plane {
             ..Snapshot::default()
         };
         let (config, _) = watch::channel(Arc::new(snapshot));
-        Self::serve(config, Arc::default(), oidc, made.ca, grace, limits).await
+        let alone = Crew::new(&["plane-0"]);
+        Self::serve(config, Arc::default(), oidc, made.ca, grace, limits, ("plane-0", alone)).await
     }
 
     /// One more on the same registry, keys and configuration, as if this one had been killed.
     pub async fn another(&self, grace: Duration) -> Self {
+        self.replica("plane-0", Crew::new(&["plane-0"]), grace).await
+    }
+
+    /// One more replica beside this one.
+    pub async fn replica(&self, name: &str, crew: Arc<Crew>, grace: Duration) -> Self {
         let (registry, oidc) = (self.registry.clone(), self.oidc.clone());
         let roots = self.roots.lock().unwrap().clone();
-        Self::serve(self.config.clone(), registry, oidc, roots, grace, Limits::default()).await
+        Self::serve(self.config.clone(), registry, oidc, roots, grace, Limits::default(), (name, crew)).await
     }
 
     async fn serve(
@@ -234,6 +313,7 @@ impl Plane {
         roots: String,
         grace: Duration,
         limits: Limits,
+        (replica, crew): (&str, Arc<Crew>),
     ) -> Self {
         let audit = Lines::default();
         let readiness = Readiness::default();
@@ -244,7 +324,7 @@ impl Plane {
             Options {
                 listen: "127.0.0.1:0".parse().unwrap(),
                 admin_socket: Some(directory.path().join("admin.sock")),
-                replica: "plane-0".to_owned(),
+                replica: replica.to_owned(),
                 grace,
                 limits,
                 audit: Audit::new(Box::new(audit.clone())).unwrap(),
@@ -254,7 +334,7 @@ impl Plane {
                 registry: registry.clone(),
                 provisioner: Arc::new(Bare),
                 keys: registry.clone(),
-                fleet: Arc::new(onboarding_endpoint::backend::Alone { replica: "plane-0".to_owned() }),
+                fleet: Member::join(replica, crew),
                 notices: Arc::new(onboarding_endpoint::backend::LogOnly),
             },
             Arc::new(Attestors::new(Default::default()).unwrap()),
@@ -395,4 +475,15 @@ impl Plane {
     pub fn decisions(&self) -> Vec<serde_json::Value> {
         self.audit.read().iter().map(|line| line["decision"].clone()).collect()
     }
+}
+
+/// What the admin socket answers: the status, and the JSON.
+pub async fn ask(plane: &Plane, request: &str) -> (u16, serde_json::Value) {
+    let mut socket = tokio::net::UnixStream::connect(plane.directory.path().join("admin.sock")).await.unwrap();
+    let request = format!("{request} HTTP/1.1\r\nHost: plane\r\nConnection: close\r\n\r\n");
+    socket.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).await.unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.split(' ').nth(1).unwrap().parse().unwrap(), serde_json::from_str(body).unwrap())
 }
