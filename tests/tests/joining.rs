@@ -21,6 +21,7 @@ const SCENARIOS: &[Scenario] = &[
     ("another_key_for_a_live_identity_is_refused_until_the_registration_is_deleted", two_agents_one_identity),
     ("an_application_that_is_not_ready_gets_no_traffic", unready),
     ("a_sidecar_that_crashes_is_started_again", crashed_sidecar),
+    ("a_configuration_that_envoy_refuses_is_told_to_both_ends_and_costs_nothing", refused_configuration),
     ("a_new_certificate_of_the_endpoint_is_used_and_drops_nobody", endpoint_certificate),
 ];
 
@@ -272,6 +273,67 @@ fn crashed_sidecar(world: &mut World) -> anyhow::Result<()> {
     pair.wait_reachable()?;
     world.keep(pair);
     Ok(())
+}
+
+/// A `bind` that isn't an address of the host: only the host can know, so the plane takes it, and Envoy doesn't.
+fn refused_configuration(world: &mut World) -> anyhow::Result<()> {
+    const WORDS: [&str; 2] = ["192.0.2.1:8080", "Cannot assign requested address"];
+    // Of the agent and of the plane, not of Envoy itself.
+    let refused = |line: &str| line.contains("the last good one") && WORDS.iter().all(|word| line.contains(word));
+    let pair = world.pair()?;
+    let vm = &pair.productpage;
+    let good = world.manifest("productpage.yaml")?;
+    let (agent, plane, rejected) = (vm.agent()?.mark(), world.plane()?.mark(), rejections(world)?);
+    let load = vm.load("ratings.bookinfo:8080", "/", 200)?;
+
+    // The listener that the load uses is the one that is to give way.
+    world.write_manifest("productpage.yaml", &good.replacen("bind: 127.0.0.2", "bind: 192.0.2.1", 1))?;
+    let seen = (|| {
+        let said = vm.agent()?.wait_for_line_since(agent, Duration::from_secs(15), refused)?;
+        let heard = world.plane()?.wait_for_line_since(plane, Duration::from_secs(5), refused)?;
+        ensure!(version(&said)? == version(&heard)?, "two versions: {said}\n{heard}");
+        ensure!(heard.contains(&vm.registration()), "{heard}");
+        ensure!(rejections(world)? > rejected, "the plane's metric doesn't count it");
+        let status = vm.agent_verb(&["status"])?.stdout;
+        let line = status.lines().find(|line| line.starts_with("Configuration ")).context("nothing in the status")?;
+        ensure!(line.contains("the last good one stays") && WORDS.iter().all(|word| line.contains(word)), "{status}");
+        vm.call(&pair.ratings.service())?;
+        pair.ratings.call(&vm.service())?;
+        let outcome = load.stop()?;
+        ensure!(outcome.failed == 0 && outcome.sent > 0, "the refusal cost requests: {outcome:?}");
+
+        // Another one, which is good, is taken.
+        world.write_manifest("productpage.yaml", &good.replacen("bind: 127.0.0.2", "bind: 127.0.0.3", 1))?;
+        until("the next configuration is taken", Duration::from_secs(10), || {
+            let host = format!("Host: {}", pair.ratings.service());
+            vm.get_with("http://127.0.0.3:8080/", &["-H", &host]).map(drop)
+        })?;
+        until("the status says nothing of it any more", Duration::from_secs(5), || {
+            let status = vm.agent_verb(&["status"])?.stdout;
+            ensure!(!status.contains("Configuration "), "{status}");
+            Ok(())
+        })
+    })();
+    world.write_manifest("productpage.yaml", &good)?;
+    seen?;
+    pair.wait_reachable()?;
+    world.keep(pair);
+    Ok(())
+}
+
+/// Configurations that sidecars refused, as the plane counts them.
+fn rejections(world: &World) -> anyhow::Result<f64> {
+    let (_, text) = world.admin("/metrics")?;
+    let line = text.lines().find(|line| {
+        line.starts_with("onboarding_mesh_sidecar_reports_total{") && line.contains("outcome=\"rejected\"")
+    });
+    Ok(line.and_then(|line| line.rsplit_once(' ')).map_or(Ok(0.0), |(_, count)| count.parse())?)
+}
+
+/// The field of a log line.
+fn version(line: &str) -> anyhow::Result<&str> {
+    let (_, rest) = line.split_once("version=").context("a line without a version")?;
+    Ok(rest.split_whitespace().next().unwrap_or_default())
 }
 
 fn endpoint_certificate(world: &mut World) -> anyhow::Result<()> {

@@ -10,6 +10,7 @@ use onboarding_wire::onboarding as pb;
 use onboarding_wire::xds;
 use serde::Deserialize;
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::path::Path;
 
 /// Files that are handed over together, and what tells that Envoy took them. The next step waits for that.
@@ -115,28 +116,47 @@ pub(super) fn steps(from: &HeldBoot, to: &HeldBoot) -> Vec<Step> {
             second.writes.extend(own_file(XdsType::Route, name, version, resource));
         }
     }
-    let listeners_change = !changed(XdsType::Listener).is_empty() || !gone(XdsType::Listener).is_empty();
+    let listeners_gone = gone(XdsType::Listener);
+    let listeners_change = !changed(XdsType::Listener).is_empty() || !listeners_gone.is_empty();
+    // Envoy removes listeners before it adds others, and if it refuses one of those the removed stay away. So what goes stays until the
+    // others are there, except where the two can't be there at once.
+    let places: Vec<_> = of_type(to.resources(), XdsType::Listener).map(|(_, json)| Place::of(json)).collect();
+    let kept: Vec<_> = of_type(from.resources(), XdsType::Listener)
+        .filter(|(name, _)| listeners_gone.contains(name))
+        .filter(|(_, json)| {
+            let place = Place::of(json);
+            !places.iter().any(|other| place.meets(other))
+        })
+        .collect();
+    let listeners_stay = !kept.is_empty();
     if listeners_change {
-        let all = of_type(to.resources(), XdsType::Listener);
-        second.writes.push((xds::LISTENERS.to_owned(), shared_file(version, all)));
-        second.expect(vec![Subscription::Listeners], version);
+        let version = if listeners_stay { format!("{version}~") } else { version.clone() };
+        let all = of_type(to.resources(), XdsType::Listener).chain(kept);
+        second.writes.push((xds::LISTENERS.to_owned(), shared_file(&version, all)));
+        second.expect(vec![Subscription::Listeners], &version);
     }
     let routes = route_subscriptions(to.resources(), |name| {
         old_routes.contains(name) || (listeners_change && new_routes.contains(name))
     });
     second.expect(routes, version);
 
-    // What nothing refers to any more.
+    // What goes: listeners, then what nothing refers to any more.
     let mut third = Step::default();
+    if listeners_stay {
+        let all = of_type(to.resources(), XdsType::Listener);
+        third.writes.push((xds::LISTENERS.to_owned(), shared_file(version, all)));
+        third.expect(vec![Subscription::Listeners], version);
+    }
+    let mut fourth = Step::default();
     if !clusters_gone.is_empty() {
         let all = of_type(to.resources(), XdsType::Cluster);
-        third.writes.push((xds::CLUSTERS.to_owned(), shared_file(version, all)));
-        third.expect(vec![Subscription::Clusters], version);
+        fourth.writes.push((xds::CLUSTERS.to_owned(), shared_file(version, all)));
+        fourth.expect(vec![Subscription::Clusters], version);
     }
     for kind in [XdsType::Endpoint, XdsType::Route] {
-        third.removes.extend(gone(kind).into_iter().filter_map(|name| xds::file(wire(kind), name)));
+        fourth.removes.extend(gone(kind).into_iter().filter_map(|name| xds::file(wire(kind), name)));
     }
-    let mut steps = vec![first, second, third];
+    let mut steps = vec![first, second, third, fourth];
     steps.retain(|step| !step.writes.is_empty() || !step.removes.is_empty());
     steps
 }
@@ -191,6 +211,37 @@ fn wire(kind: XdsType) -> pb::XdsType {
 
 fn own_file(kind: XdsType, name: &str, version: &str, resource: &Vec<u8>) -> Option<(String, Vec<u8>)> {
     Some((xds::file(wire(kind), name)?, shared_file(version, std::iter::once((name, resource)))))
+}
+
+/// Where a listener listens; nowhere, if that can't be read: it is for Envoy to refuse.
+#[derive(Default, Deserialize)]
+struct Place {
+    #[serde(default, alias = "portValue")]
+    port_value: u16,
+    #[serde(default)]
+    address: String,
+}
+
+impl Place {
+    fn of(listener: &[u8]) -> Self {
+        #[derive(Deserialize)]
+        struct Listener {
+            address: Address,
+        }
+        #[derive(Deserialize)]
+        struct Address {
+            #[serde(alias = "socketAddress")]
+            socket_address: Place,
+        }
+        serde_json::from_slice::<Listener>(listener).map(|of| of.address.socket_address).unwrap_or_default()
+    }
+
+    /// One address, or every address on one side.
+    fn meets(&self, other: &Self) -> bool {
+        let every = |address: &str| address.parse::<IpAddr>().is_ok_and(|ip| ip.is_unspecified());
+        self.port_value == other.port_value
+            && (self.address == other.address || every(&self.address) || every(&other.address))
+    }
 }
 
 /// A DiscoveryResponse. The resources are JSON objects already ([`HeldBoot::apply`] made sure).
@@ -321,6 +372,31 @@ mod tests {
     #[test]
     fn nothing_changed_is_no_step() {
         assert_eq!(steps(&first(), &HeldBoot { version: "2".into(), ..first() }), []);
+    }
+
+    #[test]
+    fn a_listener_goes_when_its_successor_is_there() {
+        let listener = |name: &str, address: &str, port: u16| {
+            let at = serde_json::json!({"socketAddress": {"address": address, "portValue": port}});
+            serde_json::json!({"name": name, "address": at}).to_string()
+        };
+        let from = boot("1", &[(L, "one", &listener("one", "127.0.0.2", 80))]);
+        let listeners = |step: &Step| {
+            assert_eq!(names(step), ["xds/lds.json"]);
+            let file: serde_json::Value = serde_json::from_slice(&step.writes[0].1).unwrap();
+            assert_eq!(step.expected, [at(file["version_info"].as_str().unwrap(), Subscription::Listeners)]);
+            file["resources"].as_array().unwrap().iter().map(|of| of["name"].as_str().unwrap().to_owned()).collect()
+        };
+        let to = |name: &str, address: &str, port: u16| {
+            let to = boot("2", &[(L, name, &listener(name, address, port))]);
+            steps(&from, &to).iter().map(listeners).collect::<Vec<Vec<_>>>()
+        };
+        assert_eq!(to("two", "127.0.0.3", 80), [vec!["two", "one"], vec!["two"]]);
+        assert_eq!(to("two", "127.0.0.2", 81), [vec!["two", "one"], vec!["two"]]);
+        // Not two of one address.
+        assert_eq!(to("two", "127.0.0.2", 80), [["two"]]);
+        assert_eq!(to("two", "0.0.0.0", 80), [["two"]]);
+        assert_eq!(to("one", "127.0.0.3", 80), [["one"]]);
     }
 
     #[test]

@@ -327,6 +327,27 @@ async fn what_is_refused_changes_nothing_and_says_why() {
 }
 
 #[tokio::test]
+async fn a_listener_gives_way_only_to_one_that_is_accepted() {
+    let world = World::new().await;
+    let (sidecar, mut events) = world.started(&world.boot("1").0).await;
+    let moved = |version: &str, to: SocketAddr| {
+        world.boot(version).without(XdsType::Listener, "in").listener("out", to, "route:8080").0
+    };
+    let load = calls(&world);
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    sidecar.apply(&moved("2", taken.local_addr().unwrap())).await.unwrap();
+    let refused = world.next(&mut events).await;
+    assert!(matches!(&refused, Event::Rejected { version, .. } if version == "2"), "{refused:?}");
+    let outcome = load.stop().await;
+    assert!(outcome.sent > 0 && outcome.failed == 0, "{outcome:?}");
+
+    let second = free();
+    sidecar.apply(&moved("3", second)).await.unwrap();
+    assert_eq!(world.next(&mut events).await, accepted("3"));
+    TcpStream::connect(second).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_port_that_somebody_has_is_said_and_tried_again() {
     let world = World::new().await;
     let taken = std::net::TcpListener::bind(world.ingress).unwrap();
@@ -469,38 +490,27 @@ async fn dropping_kills_it_and_what_a_killed_agent_left_is_ended() {
 
 #[tokio::test]
 async fn a_drain_lets_requests_end_and_loses_none() {
-    let world = World::new().await;
+    let world = Arc::new(World::new().await);
     let (sidecar, _events) = world.started(&world.boot("1").0).await;
-    let load = application::Load {
-        connect_to: world.ingress,
-        host: "one.example".into(),
-        path: "/".into(),
-        per_second: 100,
-        timeout: Duration::from_secs(10),
-    };
-    let world = Arc::new(world);
     let slow = tokio::spawn({
         let world = Arc::clone(&world);
         async move { world.get("/slow?ms=2500").await }
     });
     let admin = super::admin::Admin::new(world.options.admin);
-    for _ in 0..1000 {
-        if admin.in_flight().await.unwrap().active > 0 {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    let (stop, stopped) = tokio::sync::watch::channel(false);
-    let callers = tokio::spawn(application::call(load, stopped));
+    in_flight(&admin).await;
+    let load = calls(&world);
+    let before = admin.in_flight().await.unwrap().total;
     let begun = std::time::Instant::now();
     // The mesh was told before, so callers go elsewhere while it drains, not at its end.
     let drain = tokio::spawn(async move {
         sidecar.drain(WITHIN).await;
         sidecar
     });
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    stop.send(true).unwrap();
-    let outcome = callers.await.unwrap();
+    while admin.in_flight().await.unwrap().total < before + 20 {
+        assert!(begun.elapsed() < WITHIN, "it serves nobody while it drains");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let outcome = load.stop().await;
     assert!(outcome.sent > 5 && outcome.failed == 0, "{outcome:?}");
     let sidecar = drain.await.unwrap();
     assert_eq!(admin.in_flight().await.unwrap().active, 0, "the drain ended before the slow request");
@@ -517,13 +527,7 @@ async fn a_drain_ends_at_its_deadline() {
         let world = Arc::clone(&world);
         async move { world.get("/slow?ms=30000").await }
     });
-    let admin = super::admin::Admin::new(world.options.admin);
-    for _ in 0..1000 {
-        if admin.in_flight().await.unwrap().active > 0 {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    in_flight(&super::admin::Admin::new(world.options.admin)).await;
     let begun = std::time::Instant::now();
     sidecar.drain(Duration::from_millis(700)).await;
     assert!(begun.elapsed() >= Duration::from_millis(700) && begun.elapsed() < Duration::from_secs(5));
@@ -633,6 +637,40 @@ async fn shown(world: &World) -> Result<String, String> {
     let names = certificate.subject_alternative_name().unwrap().unwrap();
     let x509_parser::extensions::GeneralName::URI(uri) = names.value.general_names[0] else { panic!("no URI") };
     Ok(uri.to_owned())
+}
+
+/// Somebody who goes on calling.
+struct Calls {
+    stop: tokio::sync::watch::Sender<bool>,
+    task: tokio::task::JoinHandle<application::Outcome>,
+}
+
+impl Calls {
+    async fn stop(self) -> application::Outcome {
+        self.stop.send(true).unwrap();
+        self.task.await.unwrap()
+    }
+}
+
+fn calls(world: &World) -> Calls {
+    let load = application::Load {
+        connect_to: world.ingress,
+        host: "one.example".into(),
+        path: "/".into(),
+        per_second: 100,
+        timeout: Duration::from_secs(10),
+    };
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    Calls { stop, task: tokio::spawn(application::call(load, stopped)) }
+}
+
+/// Until a request is.
+async fn in_flight(admin: &super::admin::Admin) {
+    let begun = std::time::Instant::now();
+    while admin.in_flight().await.unwrap().active == 0 {
+        assert!(begun.elapsed() < WITHIN, "no request arrived");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 async fn until(condition: impl Fn() -> bool) {
