@@ -217,10 +217,19 @@ fn proven(world: &World, vm: &Vm) -> anyhow::Result<String> {
 
 /// The reason in an agent's log line, without its time and the rest.
 fn because(line: &str) -> String {
-    let reason =
-        line.split_once("why=\"").map_or(line, |(_, rest)| rest.rsplit_once("\" ").map_or(rest, |(why, _)| why));
-    let reason = reason.split_once(" WARN ").map_or(reason, |(_, rest)| rest);
-    reason.replace("\\\"", "\"").trim().to_owned()
+    let Some((_, quoted)) = line.split_once("why=\"") else {
+        return line.split_once(" WARN ").map_or(line, |(_, rest)| rest).trim().to_owned();
+    };
+    let mut reason = String::new();
+    let mut characters = quoted.chars();
+    while let Some(character) = characters.next() {
+        match character {
+            '"' => break,
+            '\\' => reason.extend(characters.next()),
+            other => reason.push(other),
+        }
+    }
+    reason
 }
 
 fn count(vm: &Vm) -> anyhow::Result<u64> {
