@@ -143,7 +143,7 @@ impl Provisioner for MeshProvisioner {
             tracing::error!(
                 registration = %workload.name,
                 version = report.boot_version,
-                message = %message.escape_debug(),
+                why = %message.escape_debug(),
                 "a sidecar refused its configuration and keeps the last good one"
             );
         }
