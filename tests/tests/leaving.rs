@@ -114,6 +114,7 @@ fn killed_plane(world: &mut World) -> anyhow::Result<()> {
         }
         let delay = Duration::from_millis(RandomState::new().build_hasher().finish() % most);
         println!("    round {round}: the plane is killed {delay:?} after {since}");
+        // Waits for nothing: the moment of the kill is meant to be any, so that rounds and runs hit different places.
         std::thread::sleep(delay);
         world.kill_plane();
         let acknowledged: Vec<_> = vms.iter().filter(|vm| registered(vm)).map(Vm::registration).collect();
