@@ -1,5 +1,6 @@
 //! `spec.probe` of the group, performed on the application as Kubernetes and Istio perform theirs.
 
+use crate::trust::AnyCertificate;
 use http_body_util::Empty;
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
@@ -7,8 +8,7 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use onboarding_core::group::{Probe, ProbeAction};
 use onboarding_wire::onboarding as pb;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls_pki_types::ServerName;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
@@ -236,42 +236,6 @@ async fn exec(command: &[String], within: Duration) -> Result<(), String> {
     }
 }
 
-/// Takes any certificate.
-#[derive(Debug)]
-pub(crate) struct AnyCertificate;
-
-impl ServerCertVerifier for AnyCertificate {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &rustls::DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-    fn verify_tls13_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &rustls::DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
-        rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms.supported_schemes()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -412,31 +376,37 @@ mod tests {
 
     #[tokio::test]
     async fn https_is_not_verified() {
+        use rustls_pki_types::CertificateDer;
+        use rustls_pki_types::pem::PemObject;
         let key = rcgen::KeyPair::generate().unwrap();
-        let certificate = rcgen::CertificateParams::new(vec!["elsewhere".into()]).unwrap().self_signed(&key).unwrap();
-        let config =
-            rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+        let params = rcgen::CertificateParams::new(vec!["elsewhere".into()]).unwrap();
+        let of_nobody = params.self_signed(&key).unwrap().der().clone();
+        // Of X.509 v1, as `openssl x509 -req -signkey` makes it; and the server's key isn't the certificate's.
+        let old = CertificateDer::from_pem_slice(include_bytes!("../tests/data/x509-v1.pem")).unwrap();
+        for certificate in [of_nobody, old] {
+            let provider = rustls::crypto::aws_lc_rs::default_provider();
+            let der = rustls_pki_types::PrivatePkcs8KeyDer::from(key.serialize_der());
+            let signer = provider.key_provider.load_private_key(der.into()).unwrap();
+            let certified = rustls::sign::CertifiedKey::new(vec![certificate], signer);
+            let config = rustls::ServerConfig::builder_with_provider(Arc::new(provider))
                 .with_safe_default_protocol_versions()
                 .unwrap()
                 .with_no_client_auth()
-                .with_single_cert(
-                    vec![certificate.der().clone()],
-                    rustls_pki_types::PrivatePkcs8KeyDer::from(key.serialize_der()).into(),
-                )
-                .unwrap();
-        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        tokio::spawn(async move {
-            use tokio::io::AsyncWriteExt;
-            let (stream, _) = listener.accept().await.unwrap();
-            let mut stream = acceptor.accept(stream).await.unwrap();
-            let mut bytes = [0; 1024];
-            let _ = stream.read(&mut bytes).await.unwrap();
-            stream.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").await.unwrap();
-        });
-        let action = ProbeAction::HttpGet { path: "/".into(), port, host: None, https: true, headers: Vec::new() };
-        assert_eq!(attempt(&probe(action)).await, Ok(()));
+                .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(certified)));
+            let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let port = listener.local_addr().unwrap().port();
+            tokio::spawn(async move {
+                use tokio::io::AsyncWriteExt;
+                let (stream, _) = listener.accept().await.unwrap();
+                let mut stream = acceptor.accept(stream).await.unwrap();
+                let mut bytes = [0; 1024];
+                let _ = stream.read(&mut bytes).await.unwrap();
+                stream.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").await.unwrap();
+            });
+            let action = ProbeAction::HttpGet { path: "/".into(), port, host: None, https: true, headers: Vec::new() };
+            assert_eq!(attempt(&probe(action)).await, Ok(()));
+        }
     }
 
     #[tokio::test]

@@ -1,7 +1,7 @@
 //! The sidecar with the real Envoy, on loopback addresses and ports of each test's own.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a panic is how a test fails")]
 
-use super::{Event, Identity, Options, Sidecar};
+use super::{Event, Identity, IstioWay, Options, Sidecar};
 use crate::boot::{self, HeldBoot, Standalone, XdsType};
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Bytes;
@@ -94,6 +94,8 @@ impl World {
             stdout: directory.path().join("stdout"),
             stderr: directory.path().join("stderr"),
             admin: free(),
+            istio: IstioWay::Envoy,
+            identity: directory.path().join("identity"),
         };
         Self { directory, options, ca: Ca::new(), application, ingress: free() }
     }
@@ -101,7 +103,7 @@ impl World {
     async fn start(&self, boot: &HeldBoot) -> (Sidecar, mpsc::Receiver<Event>) {
         let (sender, receiver) = mpsc::channel(64);
         let identity = self.ca.identity("spiffe://cluster.local/ns/bookinfo/sa/one");
-        (Sidecar::start(self.options.clone(), boot, identity, sender).await.unwrap(), receiver)
+        (Sidecar::start(self.options.clone(), boot, Some(identity), sender).await.unwrap(), receiver)
     }
 
     /// Live, and its first configuration accepted.
@@ -455,7 +457,7 @@ async fn dropping_kills_it_and_what_a_killed_agent_left_is_ended() {
 
     // As an agent leaves it that dies by SIGKILL: started with the same binary in the same directory, and noted.
     let orphan = tokio::process::Command::new(envoy())
-        .args(super::bootstrap::arguments())
+        .args(super::bootstrap::arguments(super::bootstrap::DRAIN_SECONDS))
         .current_dir(&world.options.directory)
         .stdout(std::process::Stdio::null())
         .stderr(std::process::Stdio::null())
@@ -591,7 +593,7 @@ async fn what_cannot_be_started_says_what_and_where() {
     let world = World::new().await;
     let start = async |options: Options| {
         let (sender, _receiver) = mpsc::channel(1);
-        match Sidecar::start(options, &world.boot("1").0, world.ca.identity("spiffe://a/b"), sender).await {
+        match Sidecar::start(options, &world.boot("1").0, Some(world.ca.identity("spiffe://a/b")), sender).await {
             Ok(_) => panic!("it started"),
             Err(error) => format!("{error:#}"),
         }
@@ -627,7 +629,7 @@ async fn shown(world: &World) -> Result<String, String> {
         .with_root_certificates(roots)
         .with_client_auth_cert(vec![chain], key)
         .unwrap();
-    config.dangerous().set_certificate_verifier(Arc::new(crate::probe::AnyCertificate));
+    config.dangerous().set_certificate_verifier(Arc::new(crate::trust::AnyCertificate));
     let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
     let tcp = TcpStream::connect(world.ingress).await.map_err(|error| error.to_string())?;
     let name = rustls_pki_types::ServerName::try_from("one.example").unwrap();
