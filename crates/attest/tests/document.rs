@@ -212,6 +212,7 @@ fn each_part_is_what_aws_would_send() {
     };
     for (parts, problem) in [
         (with(|parts| parts.trailing = vec![0]), "1 bytes follow its end"),
+        (with(|parts| parts.trailing = nested.clone()), "bytes follow its end"),
         (with(|parts| parts.content_info_type = oid(DATA)), "its content type is another"),
         (with(|parts| parts.version = vec![2, 1, 3]), "its version isn't 1"),
         (with(|parts| parts.digest_algorithms.push(algorithm(SHA1_OID))), "its digest algorithm isn't SHA-256 alone"),

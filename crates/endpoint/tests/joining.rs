@@ -174,6 +174,44 @@ async fn a_refusal_says_which_rule_failed_on_what() {
 }
 
 #[tokio::test]
+async fn evidence_that_proves_nothing_is_refused_with_the_attestors_words_and_written_down() {
+    let plane = Plane::start().await;
+    let mut agent = plane.agent().await;
+    let now = jiff::Timestamp::now().as_second();
+    let mint = |changed: serde_json::Value| {
+        let mut claims = serde_json::json!({
+            "sub": "vm7", "aud": UID, "iat": now, "exp": now + 600, "custom_attributes": { "role": "ratings" },
+        });
+        claims.as_object_mut().unwrap().extend(changed.as_object().unwrap().clone());
+        plane.oidc.mint(jsonwebtoken::Algorithm::ES256, claims).unwrap()
+    };
+    let good = mint(serde_json::json!({}));
+    agent.authorize(&good).await.unwrap();
+    let payload = good.split('.').nth(1).unwrap();
+    let header = base64::Engine::encode(&base64::engine::general_purpose::URL_SAFE_NO_PAD, r#"{"alg":"none"}"#);
+    let cases = [
+        (format!("{header}.{payload}."), "algorithm \"none\" isn't accepted"),
+        (mint(serde_json::json!({ "exp": now - 61 })), "the token expired at "),
+        (mint(serde_json::json!({ "nbf": now + 90 })), "the token's \"nbf\" says "),
+        (
+            mint(serde_json::json!({ "aud": "another" })),
+            "the token's audience is \"another\" but must contain this plane's UID \"https://onboarding-endpoint.your-company.corp\"",
+        ),
+    ];
+    for (token, words) in &cases {
+        assert_refused(agent.authorize(token).await, Code::Unauthenticated, words);
+    }
+    let lines = plane.audit.read();
+    assert_eq!(lines.len(), 1 + cases.len());
+    for (line, (_, words)) in lines[1..].iter().zip(&cases) {
+        assert_eq!(line["decision"], "refused");
+        assert!(line["reasons"][0].as_str().unwrap().contains(words), "{line}");
+        // Nothing was proven of the host; the key was.
+        assert!(line["identity"].is_null() && line["agentKey"].is_string(), "{line}");
+    }
+}
+
+#[tokio::test]
 async fn a_token_is_bound_to_its_key() {
     let plane = Plane::start().await;
     let mut agent = plane.agent().await;

@@ -118,6 +118,40 @@ fn it_warns_of_whom_it_believes_besides_aws() {
 }
 
 #[test]
+fn a_registry_that_is_damaged_is_left_as_it_is_and_the_way_out_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut first = Plane::start(dir.path(), &[]);
+    first.line("the endpoint listens");
+    assert_eq!(first.terminate(), Some(0));
+    let file = dir.path().join("data/registry.sqlite");
+    let log_of_sqlite = dir.path().join("data/registry.sqlite-wal");
+    // A plane that ends leaves SQLite's log, which would mend the file.
+    let whole = (std::fs::read(&file).unwrap(), std::fs::read(&log_of_sqlite).ok());
+    let damaged = vec![0xaa; whole.0.len().max(4096)];
+    std::fs::write(&file, &damaged).unwrap();
+    if whole.1.is_some() {
+        std::fs::remove_file(&log_of_sqlite).unwrap();
+    }
+    let mut plane = Plane::start(dir.path(), &[]);
+    let mut log = String::new();
+    plane.log.read_to_string(&mut log).unwrap();
+    assert_eq!(plane.child.wait().unwrap().code(), Some(1));
+    for words in ["the plane ends: the registry ", "registry.sqlite is damaged; stop the plane, move ", "onboards anew"]
+    {
+        assert!(log.contains(words), "{log}");
+    }
+    assert_eq!(std::fs::read(&file).unwrap(), damaged);
+    // A backup in its place.
+    std::fs::write(&file, whole.0).unwrap();
+    if let Some(log) = whole.1 {
+        std::fs::write(&log_of_sqlite, log).unwrap();
+    }
+    let mut mended = Plane::start(dir.path(), &[]);
+    mended.line("the endpoint listens");
+    assert_eq!(mended.terminate(), Some(0));
+}
+
+#[test]
 fn an_option_that_can_not_be_used_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let mut plane = Plane::start(dir.path(), &["--jwks-extra-roots", "/nonexistent.pem"]);
