@@ -46,6 +46,12 @@ pub struct Common {
     /// Envoy; default /usr/local/bin/envoy, else the one on PATH
     #[arg(long, global = true, value_name = "FILE")]
     pub envoy_binary: Option<PathBuf>,
+    /// pilot-agent, which runs Envoy in an Istio mesh where it is installed; default /usr/local/bin/pilot-agent
+    #[arg(long, global = true, value_name = "FILE")]
+    pub pilot_agent_binary: Option<PathBuf>,
+    /// pilot-agent's template of Envoy's bootstrap
+    #[arg(long, global = true, value_name = "FILE", default_value = "/var/lib/istio/envoy/envoy_bootstrap_tmpl.json")]
+    pub bootstrap_template: PathBuf,
     /// Envoy's admin address, which answers /ready
     #[arg(long, global = true, value_name = "IP:PORT", default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, 15000)))]
     pub envoy_admin: SocketAddr,

@@ -119,6 +119,17 @@ impl HeldBoot {
         }
     }
 
+    /// For a sidecar on this host: with the address that was registered, and the endpoint where istiod is reached by it.
+    ///
+    /// Fails where the host's address is needed and not known.
+    pub fn placed(&self, host: Option<std::net::IpAddr>, endpoint: &Address) -> Result<Self, BootError> {
+        let sidecar = match &self.sidecar {
+            Sidecar::Istio(istio) => Sidecar::Istio(Box::new(istio.placed(host, endpoint)?)),
+            Sidecar::Standalone(_) => self.sidecar.clone(),
+        };
+        Ok(Self { sidecar, ..self.clone() })
+    }
+
     #[cfg(test)]
     pub(crate) fn resources_mut(&mut self) -> &mut Resources {
         match &mut self.sidecar {

@@ -3,6 +3,7 @@
 use crate::args::{Cli, Command, Common, LogFormat, Output};
 use crate::config::{AGENT_VARIABLE, Configuration, ONBOARDING_VARIABLE, Sources};
 use crate::run::{self, Settings};
+use crate::sidecar::{IstioWay, PilotAgent};
 use crate::status::Status;
 use crate::store::{Store, with_source};
 use crate::trust::{ROOT_CERTS_FILE, ROOT_CERTS_VARIABLE, Trust};
@@ -10,6 +11,7 @@ use crate::{check, hosts};
 use anyhow::Context;
 use clap::{CommandFactory, Parser};
 use jiff::Timestamp;
+use onboarding_kinds::agent::SidecarKind;
 use onboarding_runtime::{logs, shutdown};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -47,8 +49,10 @@ async fn run(common: &Common) -> anyhow::Result<ExitCode> {
     };
     logs::init(format, "info");
     let stop = shutdown::on_signal().context("can't wait for signals")?;
+    let configuration = Configuration::read(&sources(common))?;
     let settings = Settings {
-        configuration: Configuration::read(&sources(common))?,
+        istio: istio_way(common, &configuration),
+        configuration,
         trust: trust()?,
         state_directory: state_directory(common),
         binary: envoy_binary(common),
@@ -132,6 +136,27 @@ fn variable(name: &str) -> Option<String> {
 /// Absolute: Envoy is told paths in it, and may have another working directory.
 fn state_directory(common: &Common) -> PathBuf {
     std::path::absolute(&common.state_dir).unwrap_or_else(|_| common.state_dir.clone())
+}
+
+/// As configured; else with pilot-agent where it is installed.
+fn istio_way(common: &Common, configuration: &Configuration) -> IstioWay {
+    let packaged = PathBuf::from("/usr/local/bin/pilot-agent");
+    let named = common.pilot_agent_binary.clone();
+    let template = common.bootstrap_template.clone();
+    match &configuration.agent.sidecar.kind {
+        Some(SidecarKind::Envoy) => IstioWay::Envoy,
+        Some(SidecarKind::Istio { revision }) => {
+            // The package of a revision may stand beside another.
+            let of_revision =
+                revision.as_ref().map(|revision| PathBuf::from(format!("/usr/local/bin/pilot-agent-{revision}")));
+            let binary = named.or(of_revision.filter(|path| path.is_file())).unwrap_or(packaged);
+            IstioWay::PilotAgent(PilotAgent { binary, template })
+        }
+        None => match named.unwrap_or(packaged) {
+            binary if binary.is_file() => IstioWay::PilotAgent(PilotAgent { binary, template }),
+            _ => IstioWay::Envoy,
+        },
+    }
 }
 
 /// Where the istio-sidecar package puts it, or what PATH finds.

@@ -12,9 +12,11 @@ use tokio::time::{Instant, sleep_until};
 
 /// What is asked of the keeper.
 pub enum Command {
+    /// Or apply, where it runs.
     Start {
         boot: Arc<HeldBoot>,
-        identity: Identity,
+        /// Of the standalone mesh only.
+        identity: Option<Identity>,
     },
     Apply(Arc<HeldBoot>),
     Rotate(Identity),
@@ -41,7 +43,7 @@ pub const STOP_WITHIN: Duration = Duration::from_secs(3);
 
 /// Serves until the commands end; then the sidecar is killed.
 pub async fn keep(options: Options, mut commands: mpsc::UnboundedReceiver<Command>, news: mpsc::Sender<News>) {
-    let mut wanted: Option<(Arc<HeldBoot>, Identity)> = None;
+    let mut wanted: Option<Wanted> = None;
     let mut running: Option<(Sidecar, mpsc::Receiver<Event>)> = None;
     let mut retry_at: Option<Instant> = None;
     let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
@@ -64,29 +66,26 @@ pub async fn keep(options: Options, mut commands: mpsc::UnboundedReceiver<Comman
             }
             Happened::Command(Command::Start { boot, identity }) => {
                 wanted = Some((boot, identity));
-                start(&options, &wanted, &mut running).await
+                bring_up(&options, &wanted, &mut running).await
             }
-            Happened::Retry => match (&running, &wanted) {
-                (Some((sidecar, _)), Some((boot, _))) => sidecar.apply(boot).await.err(),
-                _ => start(&options, &wanted, &mut running).await,
-            },
+            Happened::Retry => bring_up(&options, &wanted, &mut running).await,
             Happened::Command(Command::Apply(boot)) => {
                 if let Some((wanted, _)) = &mut wanted {
-                    *wanted = boot.clone();
+                    *wanted = boot;
                 }
-                match &running {
-                    Some((sidecar, _)) => sidecar.apply(&boot).await.err(),
-                    None => start(&options, &wanted, &mut running).await,
-                }
+                bring_up(&options, &wanted, &mut running).await
             }
             Happened::Command(Command::Rotate(identity)) => {
                 if let Some((_, wanted)) = &mut wanted {
-                    *wanted = identity.clone();
+                    *wanted = Some(identity.clone());
                 }
-                if let Some((sidecar, _)) = &running {
-                    sidecar.rotate(identity).await;
+                match &running {
+                    Some((sidecar, _)) => {
+                        sidecar.rotate(identity).await;
+                        None
+                    }
+                    None => bring_up(&options, &wanted, &mut running).await,
                 }
-                None
             }
             Happened::Command(Command::Stop) => {
                 wanted = None;
@@ -124,12 +123,24 @@ enum Happened {
     Retry,
 }
 
-async fn start(
+type Wanted = (Arc<HeldBoot>, Option<Identity>);
+
+/// Hands a running sidecar what is wanted, or starts one. One of another mesh leaves first.
+async fn bring_up(
     options: &Options,
-    wanted: &Option<(Arc<HeldBoot>, Identity)>,
+    wanted: &Option<Wanted>,
     running: &mut Option<(Sidecar, mpsc::Receiver<Event>)>,
 ) -> Option<anyhow::Error> {
     let (boot, identity) = wanted.as_ref()?;
+    if let Some((sidecar, _)) = &running
+        && sidecar.suits(boot)
+    {
+        return sidecar.apply(boot).await.err();
+    }
+    if let Some((sidecar, _)) = running.take() {
+        sidecar.drain(DRAIN_WITHIN).await;
+        sidecar.stop(STOP_WITHIN).await;
+    }
     let (sender, receiver) = mpsc::channel(64);
     match Sidecar::start(options.clone(), boot, identity.clone(), sender).await {
         Ok(sidecar) => {

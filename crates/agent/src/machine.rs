@@ -89,6 +89,16 @@ pub struct Boot {
     pub spiffe_id: String,
     /// The group has a probe.
     pub probed: bool,
+    pub signer: Signer,
+}
+
+/// Who signs the certificate that the sidecar has in the mesh.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Signer {
+    /// The plane, over the session; this machine asks for it.
+    Plane,
+    /// istiod. The sidecar's keeper asks for it by itself, as long as it has a token that is good for it.
+    Istiod { token_expires_at: Timestamp },
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -180,6 +190,8 @@ pub enum Event {
     CertificateRefused {
         why: String,
     },
+    /// The sidecar has one of istiod's.
+    CertificateHeld(Certificate),
     SessionEnded {
         reason: SessionEnd,
         message: String,
@@ -321,6 +333,20 @@ impl State {
         }
     }
 
+    /// Whether a sidecar that is started now can take part in the mesh.
+    pub fn sidecar_can_start(&self, now: Timestamp) -> bool {
+        let by_token = match self.boot.as_ref().map(|boot| &boot.signer) {
+            Some(Signer::Istiod { token_expires_at }) => *token_expires_at > now,
+            Some(Signer::Plane) | None => false,
+        };
+        by_token || self.certificate_usable(now)
+    }
+
+    /// Not known before the first boot configuration: then the plane is asked, and refuses where it signs none.
+    fn plane_signs(&self) -> bool {
+        !matches!(&self.boot, Some(Boot { signer: Signer::Istiod { .. }, .. }))
+    }
+
     /// Whether this workload can serve: its sidecar listens, and its application says that it is ready, where it is asked.
     pub fn workload_health(&self) -> Health {
         let unready = |message: &str| Health { ready: false, message: message.to_owned() };
@@ -348,6 +374,9 @@ impl State {
 
     /// When to have a new certificate: at half of its life.
     fn certificate_due(&self) -> Option<Timestamp> {
+        if !self.plane_signs() {
+            return None;
+        }
         match &self.signing {
             Errand::Asked { since } => Some(after(*since, SIGNING_ANSWER)),
             Errand::Again { at } => Some(*at),
@@ -403,7 +432,7 @@ impl Step<'_> {
     fn living(&mut self, event: Event) {
         match event {
             Event::Begin => {
-                if self.state.certificate_usable(self.now) {
+                if self.state.sidecar_can_start(self.now) {
                     self.start_sidecar();
                     self.effects.push(Effect::WatchApplication);
                 }
@@ -445,6 +474,11 @@ impl Step<'_> {
                     self.state.last_error = Some(why);
                     let delay = self.delays.delay(Wait::Next);
                     self.state.signing = Errand::Again { at: plus(self.now, delay) };
+                }
+            }
+            Event::CertificateHeld(certificate) => {
+                if !self.state.plane_signs() {
+                    self.state.certificate = Some(certificate);
                 }
             }
             Event::SessionEnded { reason, message } => self.session_ended(reason, message),
@@ -597,7 +631,7 @@ impl Step<'_> {
         self.state.renewal = Errand::Idle;
         self.state.signing = Errand::Idle;
         // Asked for before the boot configuration comes: the plane decides the identity, and a round trip is saved.
-        if self.state.certificate.is_none() || self.certificate_is_due() {
+        if self.state.plane_signs() && (self.state.certificate.is_none() || self.certificate_is_due()) {
             self.request_certificate();
         }
     }
@@ -615,13 +649,25 @@ impl Step<'_> {
         if self.state.phase != Phase::Connected {
             return;
         }
+        let plane_signed = self.state.boot.is_none() || self.state.plane_signs();
         self.state.boot = Some(boot);
+        if self.state.plane_signs() != plane_signed {
+            // Of the other mesh.
+            self.state.certificate = None;
+        }
+        if !self.state.plane_signs() {
+            // Asked for when nobody knew; the plane refuses, or has refused.
+            if matches!(self.state.signing, Errand::Again { .. }) {
+                self.state.last_error = None;
+            }
+            self.state.signing = Errand::Idle;
+        }
         if self.state.sidecar != Sidecar::Absent {
             self.effects.push(Effect::ApplyBoot);
-        } else if self.state.certificate_usable(self.now) {
+        } else if self.state.sidecar_can_start(self.now) {
             self.start_sidecar();
         }
-        if !self.state.certificate_usable(self.now) && self.state.signing == Errand::Idle {
+        if self.state.plane_signs() && !self.state.certificate_usable(self.now) && self.state.signing == Errand::Idle {
             self.request_certificate();
         }
         self.effects.push(Effect::WatchApplication);

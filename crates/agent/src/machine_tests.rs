@@ -31,7 +31,7 @@ fn certificate(from: i64, to: i64) -> Certificate {
 }
 
 fn boot(version: &str) -> Boot {
-    Boot { version: version.to_owned(), spiffe_id: ID.to_owned(), probed: true }
+    Boot { version: version.to_owned(), spiffe_id: ID.to_owned(), probed: true, signer: Signer::Plane }
 }
 
 struct Agent {
@@ -207,6 +207,7 @@ fn the_certificate_is_renewed_at_half_of_its_life() {
 fn a_new_identity_gets_a_new_certificate() {
     let mut agent = Agent::connected();
     let other = Boot {
+        signer: Signer::Plane,
         version: "2".to_owned(),
         spiffe_id: "spiffe://cluster.local/ns/bookinfo/sa/other".to_owned(),
         probed: false,

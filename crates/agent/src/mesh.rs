@@ -1,10 +1,10 @@
-//! The workload's certificate in the mesh: a key made on this host for each one, and what the plane makes of its request.
+//! The workload's certificate in the mesh: a key made on this host for each one, and what the plane, or istiod, makes of its request.
 
 use crate::machine::Certificate;
 use crate::store::StoredIdentity;
 use jiff::Timestamp;
 use onboarding_wire::onboarding as pb;
-use rcgen::{CertificateParams, DistinguishedName, KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData};
+use rcgen::{CertificateParams, DistinguishedName, KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType};
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
@@ -20,22 +20,34 @@ pub struct Pending {
 pub enum CertificateError {
     #[error("making a key or a request for it failed: {0}")]
     Request(#[from] rcgen::Error),
-    #[error("the plane sent a certificate that can't be read: {0}")]
+    #[error("a certificate came that can't be read: {0}")]
     Unreadable(&'static str),
-    #[error("the plane sent a certificate for another key")]
+    #[error("a certificate came for another key")]
     AnotherKey,
-    #[error("the plane sent a certificate without a SPIFFE ID")]
+    #[error("a certificate came without a SPIFFE ID")]
     NoSpiffeId,
-    #[error("the plane sent a certificate that has expired already, or this host's clock is wrong")]
+    #[error("a certificate came for {came}, and this workload is {wanted}")]
+    AnotherIdentity { came: String, wanted: String },
+    #[error("a certificate came that has expired already, or this host's clock is wrong")]
     Expired,
 }
 
 impl Pending {
     /// A new P-256 key, and the request for it. The plane decides the name.
     pub fn new() -> Result<Self, CertificateError> {
+        Self::with_names(Vec::new())
+    }
+
+    /// The request names the SPIFFE ID, as istiod wants it.
+    pub fn for_identity(spiffe_id: &str) -> Result<Self, CertificateError> {
+        Self::with_names(vec![SanType::URI(spiffe_id.try_into()?)])
+    }
+
+    fn with_names(names: Vec<SanType>) -> Result<Self, CertificateError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let mut parameters = CertificateParams::default();
         parameters.distinguished_name = DistinguishedName::new();
+        parameters.subject_alt_names = names;
         let csr = parameters.serialize_request(&key)?.der().to_vec();
         Ok(Self { key, csr })
     }
@@ -43,27 +55,14 @@ impl Pending {
     /// The certificate with its key, if it is for this key and of use.
     pub fn accept(&self, answer: pb::Certificate, now: Timestamp) -> Result<StoredIdentity, CertificateError> {
         let unreadable = CertificateError::Unreadable;
-        let block = pem::parse(answer.chain.as_bytes()).map_err(|_| unreadable("the chain is not PEM"))?;
-        let (_, leaf) = X509Certificate::from_der(block.contents()).map_err(|_| unreadable("not X.509"))?;
-        if leaf.public_key().raw != self.key.subject_public_key_info() {
+        let leaf = leaf(&answer.chain)?;
+        if leaf.public_key != self.key.subject_public_key_info() {
             return Err(CertificateError::AnotherKey);
         }
         if pem::parse_many(answer.roots.as_bytes()).map_or(0, |roots| roots.len()) == 0 {
             return Err(unreadable("the roots are not PEM"));
         }
-        let spiffe_id = leaf
-            .subject_alternative_name()
-            .ok()
-            .flatten()
-            .and_then(|names| {
-                names.value.general_names.iter().find_map(|name| match name {
-                    GeneralName::URI(uri) if uri.starts_with("spiffe://") => Some((*uri).to_owned()),
-                    _ => None,
-                })
-            })
-            .ok_or(CertificateError::NoSpiffeId)?;
-        let expires_at = Timestamp::from_second(leaf.validity().not_after.timestamp())
-            .map_err(|_| unreadable("its end is out of range"))?;
+        let Leaf { spiffe_id, expires_at, .. } = leaf;
         if expires_at <= now {
             return Err(CertificateError::Expired);
         }
@@ -76,6 +75,37 @@ impl Pending {
             expires_at,
         })
     }
+}
+
+/// What of a certificate decides.
+pub(crate) struct Leaf {
+    public_key: Vec<u8>,
+    pub spiffe_id: String,
+    pub issued_at: Timestamp,
+    pub expires_at: Timestamp,
+}
+
+/// Of a chain in PEM, leaf first.
+pub(crate) fn leaf(chain: &str) -> Result<Leaf, CertificateError> {
+    let unreadable = CertificateError::Unreadable;
+    let block = pem::parse(chain.as_bytes()).map_err(|_| unreadable("the chain is not PEM"))?;
+    let (_, leaf) = X509Certificate::from_der(block.contents()).map_err(|_| unreadable("not X.509"))?;
+    let spiffe_id = leaf
+        .subject_alternative_name()
+        .ok()
+        .flatten()
+        .and_then(|names| {
+            names.value.general_names.iter().find_map(|name| match name {
+                GeneralName::URI(uri) if uri.starts_with("spiffe://") => Some((*uri).to_owned()),
+                _ => None,
+            })
+        })
+        .ok_or(CertificateError::NoSpiffeId)?;
+    let time = |time: x509_parser::time::ASN1Time| {
+        Timestamp::from_second(time.timestamp()).map_err(|_| unreadable("its validity is out of range"))
+    };
+    let (issued_at, expires_at) = (time(leaf.validity().not_before)?, time(leaf.validity().not_after)?);
+    Ok(Leaf { public_key: leaf.public_key().raw.to_vec(), spiffe_id, issued_at, expires_at })
 }
 
 impl StoredIdentity {
@@ -97,7 +127,7 @@ impl StoredIdentity {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rcgen::{CertificateSigningRequestParams, Issuer, SanType};
+    use rcgen::{CertificateSigningRequestParams, Issuer};
     use std::time::Duration;
 
     struct Ca {

@@ -70,6 +70,7 @@ impl StoreError {
 }
 
 const BOOT: &str = "boot";
+const ADDRESS: &str = "address.json";
 const TOKEN: &str = "token.json";
 const IDENTITY: &str = "mesh-identity.json";
 /// A boot configuration of 100,000 resources is some tens of MiB.
@@ -96,6 +97,19 @@ impl Store {
     /// Where the sidecar's own files go.
     pub fn sidecar_directory(&self) -> PathBuf {
         self.directory.join("sidecar")
+    }
+
+    /// The certificate in the mesh, with its key.
+    pub fn identity_path(&self) -> PathBuf {
+        self.directory.join(IDENTITY)
+    }
+
+    /// Of this host, as it was registered last.
+    pub fn address(&self) -> Option<std::net::IpAddr> {
+        self.json(ADDRESS)
+    }
+    pub fn keep_address(&self, address: std::net::IpAddr) -> Result<(), StoreError> {
+        self.keep_json(ADDRESS, &address)
     }
 
     pub fn boot(&self) -> Option<HeldBoot> {

@@ -13,22 +13,36 @@ pub enum VersionError {
     Missing(String),
     #[error("{binary} can't be run: {why}")]
     NotRun { binary: String, why: String },
-    #[error("{binary} --version did not answer within {seconds} s")]
+    #[error("{binary} did not tell its version within {seconds} s")]
     TooSlow { binary: String, seconds: u64 },
     #[error("{0} --version does not answer as Envoy does")]
     NotEnvoy(String),
+    #[error("{0} version does not answer as pilot-agent does")]
+    NotPilotAgent(String),
 }
 
 const WITHIN: Duration = Duration::from_secs(10);
 
 /// `1.40.0`, of `envoy  version: <commit>/1.40.0/Clean/RELEASE/BoringSSL`.
 pub async fn envoy(binary: &Path) -> Result<String, VersionError> {
+    parse(&output(binary, &["--version"]).await?).ok_or_else(|| VersionError::NotEnvoy(binary.display().to_string()))
+}
+
+/// `1.30.0`, of `pilot-agent version --short`.
+pub async fn pilot_agent(binary: &Path) -> Result<String, VersionError> {
+    let text = output(binary, &["version", "--short"]).await?;
+    // `client version: 1.30.0`
+    let version = text.trim().rsplit(' ').next().unwrap_or_default();
+    plain(version).ok_or_else(|| VersionError::NotPilotAgent(binary.display().to_string()))
+}
+
+async fn output(binary: &Path, arguments: &[&str]) -> Result<String, VersionError> {
     let name = binary.display().to_string();
     if !binary.is_file() {
         return Err(VersionError::Missing(name));
     }
     let output = Command::new(binary)
-        .arg("--version")
+        .args(arguments)
         .env_remove("NOTIFY_SOCKET")
         .stdin(Stdio::null())
         .kill_on_drop(true)
@@ -36,13 +50,17 @@ pub async fn envoy(binary: &Path) -> Result<String, VersionError> {
     match timeout(WITHIN, output).await {
         Err(_) => Err(VersionError::TooSlow { binary: name, seconds: WITHIN.as_secs() }),
         Ok(Err(error)) => Err(VersionError::NotRun { binary: name, why: error.to_string() }),
-        Ok(Ok(output)) => parse(&String::from_utf8_lossy(&output.stdout)).ok_or(VersionError::NotEnvoy(name)),
+        Ok(Ok(output)) => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
     }
 }
 
 fn parse(text: &str) -> Option<String> {
     let (_, rest) = text.split_once("version:")?;
-    let version = rest.split('/').nth(1)?.trim();
+    plain(rest.split('/').nth(1)?.trim())
+}
+
+/// One word, as versions are.
+fn plain(version: &str) -> Option<String> {
     let is_version = !version.is_empty()
         && version.len() <= 64
         && version.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".-_+".contains(&byte));

@@ -6,6 +6,7 @@ mod plane;
 use onboarding_agent::config::Configuration;
 use onboarding_agent::run::{Settings, run};
 use onboarding_agent::session::{DialError, Endpoint, Link};
+use onboarding_agent::sidecar::IstioWay;
 use onboarding_agent::status::Status as AgentStatus;
 use onboarding_agent::store::Store;
 use onboarding_agent::trust::Trust;
@@ -49,6 +50,7 @@ fn settings(plane: &Plane, directory: &Path) -> Settings {
         state_directory: directory.to_owned(),
         binary: "/no/such/envoy".into(),
         admin: "127.0.0.1:1".parse().unwrap(),
+        istio: IstioWay::Envoy,
     }
 }
 

@@ -1,13 +1,15 @@
 //! The tasks that talk to the plane. Each ends in one piece of news; only a session says more.
 
 use super::Driver;
+use super::Settings;
 use super::news::{Envelope, News};
 use super::witness::sidecar_version;
-use crate::config::Configuration;
 use crate::machine::{self, Call, Event};
 use crate::session::{CallError, Link, Session};
+use crate::sidecar::IstioWay;
 use crate::store::with_source;
 use jiff::Timestamp;
+use onboarding_core::registration::{HostAddress, HostReport, SidecarReport};
 use onboarding_kinds::agent::SidecarKind;
 use onboarding_wire::onboarding as pb;
 use std::time::Duration;
@@ -90,7 +92,7 @@ impl Driver {
     pub(super) fn register(&mut self, prove: bool) {
         let (Some(link), Some(token)) = (self.link.clone(), self.token.clone()) else { return };
         let proof = self.discovery.take().filter(|_| prove);
-        let (witness, version, binary) = (self.witness(), self.sidecar_version.clone(), self.settings.binary.clone());
+        let (witness, version, settings) = (self.witness(), self.sidecar_version.clone(), self.settings.clone());
         self.spawn(async move {
             let addresses = match witness.addresses().await {
                 Ok(addresses) => addresses,
@@ -103,12 +105,15 @@ impl Driver {
                     });
                 }
             };
-            let version = version.get_or_init(|| sidecar_version(&binary)).await;
-            let registration = registration(&witness.configuration, addresses, version.clone());
+            let version = version.get_or_init(|| sidecar_version(&settings)).await;
+            let report = report(&settings, addresses, version.clone());
+            // The plane refuses a report without one, in better words.
+            let address = report.mesh_address().ok();
+            let registration = pb::Registration::from(&report);
             match link.register(&witness.key, &token, registration, proof.as_ref()).await {
                 Ok(name) => {
                     tracing::info!(registration = name, "registered");
-                    News::Plain(Event::Registered)
+                    News::Registered(address)
                 }
                 Err(error) => refused(Call::Register, &error),
             }
@@ -183,24 +188,20 @@ impl Driver {
     }
 }
 
-fn registration(
-    configuration: &Configuration,
-    addresses: Vec<onboarding_core::registration::HostAddress>,
-    version: String,
-) -> pb::Registration {
-    use onboarding_core::registration::{HostReport, SidecarReport};
-    let onboarding = &configuration.onboarding;
-    let sidecar = match &configuration.agent.sidecar.kind {
-        Some(SidecarKind::Istio { revision }) => SidecarReport::Istio { version, revision: revision.clone() },
-        Some(SidecarKind::Envoy) | None => SidecarReport::Envoy { version },
+fn report(settings: &Settings, addresses: Vec<HostAddress>, version: String) -> HostReport {
+    let onboarding = &settings.configuration.onboarding;
+    let sidecar = match (&settings.configuration.agent.sidecar.kind, &settings.istio) {
+        (Some(SidecarKind::Istio { revision }), _) => SidecarReport::Istio { version, revision: revision.clone() },
+        (None, IstioWay::PilotAgent(_)) => SidecarReport::Istio { version, revision: None },
+        (Some(SidecarKind::Envoy), _) | (None, IstioWay::Envoy) => SidecarReport::Envoy { version },
     };
-    pb::Registration::from(&HostReport {
+    HostReport {
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         sidecar,
         addresses,
         labels: onboarding.labels.clone(),
         connected_over: onboarding.connected_over,
-    })
+    }
 }
 
 fn lost(why: String) -> News {

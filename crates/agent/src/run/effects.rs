@@ -2,12 +2,14 @@
 
 use super::Driver;
 use super::news::{Envelope, News, forward};
+use crate::boot::{self, Address, HeldBoot};
 use crate::keeper;
 use crate::machine::{self, Effect};
 use crate::mesh::Pending;
 use crate::probe;
-use crate::store::with_source;
+use crate::store::{StoredIdentity, with_source};
 use onboarding_wire::onboarding as pb;
+use std::sync::Arc;
 use tokio::sync::mpsc;
 
 impl Driver {
@@ -36,15 +38,16 @@ impl Driver {
                 Err(error) => tracing::error!(error = %with_source(&error), "no request for a certificate"),
             },
             Effect::StartSidecar => {
-                if let (Some(boot), Some(identity)) = (&self.held, &self.identity) {
-                    tracing::info!(version = boot.version, spiffe_id = identity.spiffe_id, "starting the sidecar");
-                    let boot = boot.clone();
-                    self.ask_keeper(keeper::Command::Start { boot, identity: identity.for_sidecar() });
+                if let Some(boot) = self.placed() {
+                    tracing::info!(version = boot.version, spiffe_id = boot.spiffe_id, "starting the sidecar");
+                    let standalone = matches!(boot.sidecar, boot::Sidecar::Standalone(_));
+                    let identity = self.identity.as_ref().filter(|_| standalone).map(StoredIdentity::for_sidecar);
+                    self.ask_keeper(keeper::Command::Start { boot, identity });
                 }
             }
             Effect::ApplyBoot => {
-                if let Some(boot) = &self.held {
-                    self.ask_keeper(keeper::Command::Apply(boot.clone()));
+                if let Some(boot) = self.placed() {
+                    self.ask_keeper(keeper::Command::Apply(boot));
                 }
             }
             Effect::RotateCertificate => {
@@ -73,6 +76,39 @@ impl Driver {
             }
             Effect::Unregister => self.unregister(),
         }
+    }
+
+    /// What is held, for this host. Without an address it waits for the registration, which brings one: see [`Driver::registered`].
+    fn placed(&self) -> Option<Arc<HeldBoot>> {
+        let held = self.held.as_ref()?;
+        if let boot::Sidecar::Standalone(_) = held.sidecar {
+            return Some(held.clone());
+        }
+        let endpoint = Address { host: self.endpoint.host.clone(), port: self.endpoint.port };
+        match held.placed(self.address, &endpoint) {
+            Ok(boot) => Some(Arc::new(boot)),
+            Err(error) => {
+                tracing::warn!(why = %error, "the sidecar waits");
+                None
+            }
+        }
+    }
+
+    /// The sidecar of an Istio mesh is configured with this address.
+    pub(super) fn registered(&mut self, address: Option<std::net::IpAddr>) {
+        if let Some(address) = address
+            && self.address != Some(address)
+        {
+            self.address = Some(address);
+            self.kept("this host's address", |driver| driver.store.keep_address(address));
+            if let Some(boot) = self.placed()
+                && self.state.sidecar != machine::Sidecar::Absent
+                && matches!(boot.sidecar, boot::Sidecar::Istio(_))
+            {
+                self.ask_keeper(keeper::Command::Start { boot, identity: None });
+            }
+        }
+        self.happened(machine::Event::Registered);
     }
 
     fn ask_keeper(&self, command: keeper::Command) {

@@ -10,7 +10,7 @@ mod news;
 mod show;
 mod witness;
 
-use crate::boot::HeldBoot;
+use crate::boot::{self, HeldBoot};
 use crate::config::Configuration;
 use crate::host::Evidence;
 use crate::host::Host;
@@ -44,6 +44,8 @@ pub struct Settings {
     pub binary: PathBuf,
     /// Envoy's admin address, which is also where `/ready` is asked.
     pub admin: std::net::SocketAddr,
+    /// How a sidecar of an Istio mesh is run.
+    pub istio: sidecar::IstioWay,
 }
 
 struct Driver {
@@ -72,7 +74,10 @@ struct Driver {
 
     token: Option<StoredToken>,
     held: Option<Arc<HeldBoot>>,
+    /// Of the standalone mesh.
     identity: Option<StoredIdentity>,
+    /// Of this host, as it was registered last.
+    address: Option<std::net::IpAddr>,
 
     probe: Option<(pb::Probe, tokio::task::AbortHandle)>,
     probes: JoinSet<()>,
@@ -131,6 +136,8 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<
         stdout: settings.configuration.agent.sidecar.stdout.clone().into(),
         stderr: settings.configuration.agent.sidecar.stderr.clone().into(),
         admin: settings.admin,
+        istio: settings.istio.clone(),
+        identity: store.identity_path(),
     };
     let mut owned = JoinSet::new();
     owned.spawn(keeper::keep(options, commands, keeper_news));
@@ -169,18 +176,22 @@ impl Driver {
         keeper: mpsc::UnboundedSender<keeper::Command>,
     ) -> Self {
         let (token, held, identity) = (store.token(), store.boot().map(Arc::new), store.identity());
-        let state = State::new(
-            Timestamp::now(),
-            token.as_ref().map(token_facts),
-            identity.as_ref().map(StoredIdentity::facts),
-            held.as_deref().map(boot_facts),
-        );
+        let certificate = match (held.as_deref().map(|held| &held.sidecar), &settings.istio) {
+            (Some(boot::Sidecar::Istio(_)), sidecar::IstioWay::PilotAgent(_)) => {
+                sidecar::pilot_agents_certificate(&store.sidecar_directory())
+            }
+            _ => identity.as_ref().map(StoredIdentity::facts),
+        };
+        let state =
+            State::new(Timestamp::now(), token.as_ref().map(token_facts), certificate, held.as_deref().map(boot_facts));
         let about = About {
             endpoint: format!("{}:{}", endpoint.host, endpoint.port),
             workload_group: settings.configuration.onboarding.group.to_string(),
             configuration_problem: None,
         };
+        let address = store.address();
         Self {
+            address,
             settings,
             endpoint,
             store,

@@ -1,10 +1,10 @@
 //! What happened: values are kept here, facts go to the machine.
 
 use super::Driver;
-use crate::boot::{BootError, HeldBoot};
+use crate::boot::{self, BootError, HeldBoot};
 use crate::host::{Evidence, Host};
 use crate::keeper;
-use crate::machine::{self, Boot, Call, Event, SessionEnd, Token};
+use crate::machine::{self, Boot, Call, Event, SessionEnd, Signer, Token};
 use crate::probe;
 use crate::session::{Discovery, Link};
 use crate::sidecar;
@@ -25,6 +25,8 @@ pub(super) enum News {
     Host(Arc<dyn Host>),
     Keeper(keeper::News),
     Probe(probe::Event),
+    /// With the address of this host that the mesh uses.
+    Registered(Option<std::net::IpAddr>),
     /// What needs no value beside it.
     Plain(Event),
 }
@@ -94,6 +96,7 @@ impl Driver {
                 tracing::info!(ready, why = message, "the application's readiness changed");
                 self.happened(Event::ProbeResult(machine::Health { ready, message }));
             }
+            News::Registered(address) => self.registered(address),
             News::Plain(event) => {
                 if let Event::Refused { call: Call::Authorize | Call::Renew, .. } = &event
                     && let Some(host) = &self.host
@@ -155,19 +158,32 @@ impl Driver {
     }
 
     fn certificate_refused(&mut self, why: String) {
-        tracing::warn!(why, "no certificate of the mesh");
+        match self.held.as_deref().map(|held| &held.sidecar) {
+            Some(boot::Sidecar::Standalone(_)) => tracing::warn!(why, "no certificate of the mesh"),
+            // In an Istio mesh the plane signs none; before the first boot configuration nobody knows.
+            Some(boot::Sidecar::Istio(_)) | None => tracing::info!(why, "the plane signs no certificate"),
+        }
         self.happened(Event::CertificateRefused { why });
     }
 
     fn boot_received(&mut self, message: pb::BootConfiguration) {
         match HeldBoot::apply(self.held.as_deref(), message) {
             Ok(boot) => {
-                tracing::info!(
-                    version = boot.version,
-                    spiffe_id = boot.spiffe_id,
-                    resources = boot.resources().len(),
-                    "got a boot configuration"
-                );
+                match &boot.sidecar {
+                    boot::Sidecar::Standalone(standalone) => tracing::info!(
+                        version = boot.version,
+                        spiffe_id = boot.spiffe_id,
+                        resources = standalone.resources.len(),
+                        "got a boot configuration"
+                    ),
+                    boot::Sidecar::Istio(istio) => tracing::info!(
+                        version = boot.version,
+                        spiffe_id = boot.spiffe_id,
+                        istiod = istio.istiod_san,
+                        token_expires_at = %istio.token_expires_at,
+                        "got a boot configuration of an Istio mesh"
+                    ),
+                }
                 let facts = boot_facts(&boot);
                 self.held = Some(Arc::new(boot));
                 self.kept("boot configuration", |driver| match &driver.held {
@@ -208,6 +224,10 @@ impl Driver {
                 let why = format!("ended by itself ({status}); it is started again");
                 self.happened(Event::SidecarNotLive { why });
             }
+            keeper::News::Sidecar(sidecar::Event::Certificate { spiffe_id, obtained_at, expires_at }) => {
+                let certificate = machine::Certificate { spiffe_id, obtained_at, expires_at };
+                self.happened(Event::CertificateHeld(certificate));
+            }
             keeper::News::Sidecar(sidecar::Event::Accepted { version }) => {
                 tracing::info!(version, "the sidecar accepted a configuration");
                 self.about.configuration_problem = None;
@@ -227,7 +247,15 @@ pub(super) fn token_facts(token: &StoredToken) -> Token {
 }
 
 pub(super) fn boot_facts(boot: &HeldBoot) -> Boot {
-    Boot { version: boot.version.clone(), spiffe_id: boot.spiffe_id.clone(), probed: boot.probe.is_some() }
+    Boot {
+        version: boot.version.clone(),
+        spiffe_id: boot.spiffe_id.clone(),
+        probed: boot.probe.is_some(),
+        signer: match &boot.sidecar {
+            boot::Sidecar::Standalone(_) => Signer::Plane,
+            boot::Sidecar::Istio(istio) => Signer::Istiod { token_expires_at: istio.token_expires_at },
+        },
+    }
 }
 
 fn session_end(reason: pb::session_end::Reason) -> SessionEnd {

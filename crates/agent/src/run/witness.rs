@@ -1,11 +1,12 @@
 //! What the tasks ask of this host: who it is, where it is reached, which sidecar it has.
 
-use super::Driver;
 use super::news::{Envelope, News};
+use super::{Driver, Settings};
 use crate::config::Configuration;
 use crate::host::{self, Audience, Evidence, Host, HostError};
 use crate::key::AgentKey;
 use crate::session::Discovery;
+use crate::sidecar::IstioWay;
 use crate::store::with_source;
 use jiff::Timestamp;
 use std::sync::Arc;
@@ -69,16 +70,20 @@ impl Driver {
     }
 
     pub(super) fn ask_version(&mut self) {
-        let (version, binary) = (self.sidecar_version.clone(), self.settings.binary.clone());
+        let (version, settings) = (self.sidecar_version.clone(), self.settings.clone());
         self.tasks.spawn(async move {
-            version.get_or_init(|| sidecar_version(&binary)).await;
+            version.get_or_init(|| sidecar_version(&settings)).await;
         });
     }
 }
 
 /// Empty: unknown.
-pub(super) async fn sidecar_version(binary: &std::path::Path) -> String {
-    match crate::version::envoy(binary).await {
+pub(super) async fn sidecar_version(settings: &Settings) -> String {
+    let version = match &settings.istio {
+        IstioWay::Envoy => crate::version::envoy(&settings.binary).await,
+        IstioWay::PilotAgent(pilot_agent) => crate::version::pilot_agent(&pilot_agent.binary).await,
+    };
+    match version {
         Ok(version) => {
             tracing::info!(version, "the sidecar's version is known");
             version

@@ -59,7 +59,9 @@ impl Admin {
         }
         let info: Info = serde_json::from_slice(&self.ask(Method::GET, "/server_info").await?)
             .context("reading the sidecar's /server_info")?;
-        Ok(info.node.metadata.get("instance").and_then(|value| value.as_str()) == Some(instance))
+        // pilot-agent writes the names of metadata in capitals.
+        let found = ["instance", "ONBOARDING_INSTANCE"].iter().find_map(|name| info.node.metadata.get(*name));
+        Ok(found.and_then(|value| value.as_str()) == Some(instance))
     }
 
     /// `Err` says why it isn't live, in Envoy's word where it answers.

@@ -1,6 +1,7 @@
 //! Envoy's bootstrap and command line. Pure.
 
 use super::Options;
+use super::process::Launch;
 use crate::boot::Standalone;
 use onboarding_wire::xds;
 use serde_json::json;
@@ -11,9 +12,9 @@ pub(super) const SDS_SOCKET: &str = "sds.sock";
 pub(super) const FILE: &str = "bootstrap.json";
 
 /// Connections of callers; one more is refused, instead of memory running out under all the others.
-const MAX_DOWNSTREAM_CONNECTIONS: u32 = 20_000;
+pub(super) const MAX_DOWNSTREAM_CONNECTIONS: u32 = 20_000;
 /// How long connections of a listener that was replaced or removed may go on.
-const DRAIN_SECONDS: u32 = 45;
+pub(super) const DRAIN_SECONDS: u64 = 45;
 
 /// The bootstrap as JSON. `instance` is in the node's metadata, so that whoever asks the admin address can tell this Envoy from another's.
 pub(super) fn json(options: &Options, boot: &Standalone, instance: &str) -> Vec<u8> {
@@ -58,11 +59,17 @@ fn from_file(path: &str) -> serde_json::Value {
     json!({"path_config_source": {"path": format!("./{path}")}, "resource_api_version": "V3"})
 }
 
+/// How Envoy is started.
+pub(super) fn launch(options: &Options, drain_seconds: u64) -> Launch {
+    let binary = options.binary.clone();
+    Launch { name: "envoy", binary, arguments: arguments(drain_seconds), environment: None }
+}
+
 /// What Envoy is started with, its working directory being [`Options::directory`].
-pub(super) fn arguments() -> Vec<OsString> {
+pub(super) fn arguments(drain_seconds: u64) -> Vec<OsString> {
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let concurrency = cpus.min(2).to_string();
-    let drain = DRAIN_SECONDS.to_string();
+    let drain = drain_seconds.to_string();
     [
         "-c",
         FILE,
@@ -98,6 +105,8 @@ mod tests {
             stdout: "/dev/stdout".into(),
             stderr: "/dev/stderr".into(),
             admin: "[::1]:15000".parse().unwrap(),
+            istio: crate::sidecar::IstioWay::Envoy,
+            identity: "/var/lib/onboarding/mesh-identity.json".into(),
         };
         let boot = Standalone { node_id: "bookinfo/\"r\"".into(), cluster: "ratings".into(), ..Standalone::default() };
         let bootstrap: serde_json::Value = serde_json::from_slice(&json(&options, &boot, "i")).unwrap();

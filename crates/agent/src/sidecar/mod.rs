@@ -1,17 +1,23 @@
 //! The sidecar as the agent's child: its files, its certificates by SDS, its life.
 //!
-//! `supervisor` is the one task that owns Envoy and its files; [`Sidecar`] is the handle to it. Nothing here knows the plane.
+//! One task owns the process and its files: `supervisor` in the standalone mesh, where this agent hands Envoy its configuration, and
+//! `istio` where istiod does. [`Sidecar`] is the handle to it. Nothing here knows the plane.
 
 mod admin;
 mod bootstrap;
 mod files;
+mod istio;
+mod istiod;
 mod process;
 mod sds;
 mod supervisor;
 #[cfg(test)]
 mod tests;
 
-use crate::boot::HeldBoot;
+pub(crate) use istio::pilot_agents_certificate;
+pub use istio::{IstioWay, PilotAgent};
+
+use crate::boot::{self, HeldBoot};
 use anyhow::Context;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -33,6 +39,21 @@ pub struct Options {
     pub stderr: PathBuf,
     /// `127.0.0.1:15000`.
     pub admin: std::net::SocketAddr,
+    /// How a sidecar of an Istio mesh is run; which mesh it is the boot configuration says.
+    pub istio: IstioWay,
+    /// Where the certificate that istiod gave is kept; it has its private key.
+    pub identity: PathBuf,
+}
+
+impl Options {
+    /// All that may have been started.
+    fn binaries(&self) -> impl Iterator<Item = &Path> {
+        let pilot_agent = match &self.istio {
+            IstioWay::Envoy => None,
+            IstioWay::PilotAgent(pilot_agent) => Some(pilot_agent.binary.as_path()),
+        };
+        std::iter::once(self.binary.as_path()).chain(pilot_agent)
+    }
 }
 
 /// What the agent learns of its sidecar.
@@ -50,6 +71,12 @@ pub enum Event {
     Rejected {
         version: String,
         message: String,
+    },
+    /// One that the plane didn't give: it is istiod's.
+    Certificate {
+        spiffe_id: String,
+        obtained_at: jiff::Timestamp,
+        expires_at: jiff::Timestamp,
     },
     /// It ended by itself and is started again after `restart_in`.
     Exited {
@@ -74,28 +101,52 @@ pub struct Sidecar {
     commands: mpsc::Sender<Command>,
     /// Cancelled when the sidecar shall leave: whatever the supervisor waits for is not worth waiting for any more.
     leaving: CancellationToken,
-    sds: sds::Server,
+    kind: Kind,
     task: AbortOnDropHandle<()>,
 }
 
+enum Kind {
+    Standalone(sds::Server),
+    Istio,
+}
+
 impl Sidecar {
-    /// Starts the SDS server, writes the bootstrap and the first configuration, starts Envoy and supervises it.
+    /// Starts the SDS server, writes the bootstrap and the first configuration, starts Envoy and supervises it; or what stands for that
+    /// in an Istio mesh. `identity` is of the standalone mesh only.
     ///
-    /// Returns when Envoy's process is there; that it is live comes as an event. Fails where a file can't be written or opened, or the
-    /// binary can't be started.
+    /// Returns when Envoy's process is there (in an Istio mesh perhaps later: istiod is asked for its certificate first); that it is
+    /// live comes as an event. Fails where a file can't be written or opened, or the binary can't be started.
     pub async fn start(
         options: Options,
         boot: &HeldBoot,
-        identity: Identity,
+        identity: Option<Identity>,
         events: mpsc::Sender<Event>,
     ) -> anyhow::Result<Self> {
         make_private(&options.directory)?;
-        let sds = sds::Server::start(&options.directory, bootstrap::SDS_SOCKET, identity)?;
         let leaving = CancellationToken::new();
         let (commands, receiver) = mpsc::channel(16);
-        let supervisor = Supervisor::start(options, boot.clone(), receiver, leaving.clone(), sds.refused(), events)?;
-        let task = AbortOnDropHandle::new(tokio::spawn(supervisor.run()));
-        Ok(Self { commands, leaving, sds, task })
+        let (kind, task) = match &boot.sidecar {
+            boot::Sidecar::Standalone(_) => {
+                let identity = identity.context("the plane has not signed the sidecar's certificate yet")?;
+                let sds = sds::Server::start(&options.directory, bootstrap::SDS_SOCKET, identity)?;
+                let supervisor =
+                    Supervisor::start(options, boot.clone(), receiver, leaving.clone(), sds.refused(), events)?;
+                (Kind::Standalone(sds), tokio::spawn(supervisor.run()))
+            }
+            boot::Sidecar::Istio(_) => {
+                let supervisor = istio::Supervisor::start(options, boot, receiver, leaving.clone(), events)?;
+                (Kind::Istio, tokio::spawn(supervisor.run()))
+            }
+        };
+        Ok(Self { commands, leaving, kind, task: AbortOnDropHandle::new(task) })
+    }
+
+    /// Whether `boot` is for the mesh that this sidecar was started for; another one needs another sidecar.
+    pub fn suits(&self, boot: &HeldBoot) -> bool {
+        matches!(
+            (&self.kind, &boot.sidecar),
+            (Kind::Standalone(_), boot::Sidecar::Standalone(_)) | (Kind::Istio, boot::Sidecar::Istio(_))
+        )
     }
 
     /// Hands over a new configuration; whether Envoy took it comes as an event. Fails where a file can't be written: then the last
@@ -107,9 +158,11 @@ impl Sidecar {
         answer.await.context("handing a configuration to a sidecar that ends")?
     }
 
-    /// New certificate or roots, without a restart.
+    /// New certificate or roots, without a restart. In an Istio mesh they are istiod's.
     pub async fn rotate(&self, identity: Identity) {
-        self.sds.rotate(identity);
+        if let Kind::Standalone(sds) = &self.kind {
+            sds.rotate(identity);
+        }
     }
 
     /// Asks Envoy to fail its health checks and drain its listeners gracefully (`/drain_listeners?graceful`), and waits until no

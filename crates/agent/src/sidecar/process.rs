@@ -1,11 +1,12 @@
-//! Envoy as a child process: how it is started, what becomes of its output, and that no earlier one is left.
+//! The sidecar as a child process: how it is started, what becomes of its output, and that no earlier one is left.
 
-use super::{Options, bootstrap};
+use super::Options;
 use anyhow::Context;
 use nix::errno::Errno;
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,9 +24,22 @@ const REMEMBERED: usize = 8;
 const FRESH: Duration = Duration::from_secs(5);
 const PID_FILE: &str = "envoy.pid";
 
-/// Envoy, in a process group of its own so that a terminal's Ctrl-C reaches only the agent. Dropping it kills it.
+/// What is started, in [`Options::directory`].
+pub(super) struct Launch {
+    /// For the log: `envoy`, `pilot-agent`.
+    pub name: &'static str,
+    pub binary: PathBuf,
+    pub arguments: Vec<OsString>,
+    /// All of it; `None`: the agent's own.
+    pub environment: Option<BTreeMap<String, OsString>>,
+}
+
+/// The sidecar, in a process group of its own so that a terminal's Ctrl-C reaches only the agent, and so that Envoy ends with a
+/// pilot-agent that started it. Dropping it kills the group.
 pub(super) struct Process {
     child: Child,
+    /// Until everything in it was killed.
+    group: Option<Pid>,
     words: Words,
     readers: Vec<JoinHandle<()>>,
     pid_file: PathBuf,
@@ -42,16 +56,19 @@ struct Said {
 }
 
 impl Process {
-    /// Kills what an earlier agent left behind, and starts Envoy.
-    pub(super) fn start(options: &Options) -> anyhow::Result<Self> {
+    /// Kills what an earlier agent left behind, and starts the sidecar.
+    pub(super) fn start(options: &Options, launch: Launch) -> anyhow::Result<Self> {
         let pid_file = options.directory.join(PID_FILE);
         end_leftover(&pid_file, options);
         let words = Words::default();
         let stdout = Output::open(&options.stdout)?;
         let stderr = Output::open(&options.stderr)?;
-        let mut command = Command::new(&options.binary);
+        let mut command = Command::new(&launch.binary);
+        if let Some(environment) = launch.environment {
+            command.env_clear().envs(environment);
+        }
         command
-            .args(bootstrap::arguments())
+            .args(launch.arguments)
             .current_dir(&options.directory)
             .process_group(0)
             .kill_on_drop(true)
@@ -60,14 +77,14 @@ impl Process {
             // Always read: Envoy says nowhere else why it refused clusters, endpoints and routes.
             .stderr(Stdio::piped());
         let mut child = command.spawn().with_context(|| {
-            format!("starting the sidecar {}; is the package that has it installed?", options.binary.display())
+            format!("starting the sidecar {}; is the package that has it installed?", launch.binary.display())
         })?;
         let mut readers = Vec::new();
         if let Some(pipe) = child.stdout.take() {
-            readers.push(tokio::spawn(copy(pipe, stdout, Words::default())));
+            readers.push(tokio::spawn(copy(pipe, launch.name, stdout, words.clone())));
         }
         if let Some(pipe) = child.stderr.take() {
-            readers.push(tokio::spawn(copy(pipe, stderr, words.clone())));
+            readers.push(tokio::spawn(copy(pipe, launch.name, stderr, words.clone())));
         }
         if let Some(pid) = child.id()
             && let Some(started) = start_time(pid)
@@ -75,7 +92,8 @@ impl Process {
         {
             tracing::warn!(%error, "can't note the sidecar's process; it would outlive an agent that is killed");
         }
-        Ok(Self { child, words, readers, pid_file })
+        let group = child.id().and_then(|pid| i32::try_from(pid).ok()).map(Pid::from_raw);
+        Ok(Self { child, group, words, readers, pid_file })
     }
 
     pub(super) fn words(&self) -> &Words {
@@ -93,6 +111,7 @@ impl Process {
 
     /// How it ended, with its last error: to be asked after [`Process::wait`].
     pub(super) async fn epitaph(&mut self, status: ExitStatus) -> String {
+        self.kill_group();
         // The pipe ends with the process; should something else hold it, its words so far will do.
         for reader in &mut self.readers {
             let _ = tokio::time::timeout(Duration::from_millis(500), reader).await;
@@ -112,9 +131,25 @@ impl Process {
         }
         if tokio::time::timeout(deadline, self.child.wait()).await.is_err() {
             tracing::warn!(?deadline, "the sidecar ignores SIGTERM; killing it");
-            let _ = self.child.kill().await;
+            self.kill_group();
+            let _ = self.child.wait().await;
         }
+        self.kill_group();
         let _ = std::fs::remove_file(&self.pid_file);
+    }
+
+    /// The process, and what it started and left. A group's number is not given away while somebody is in it; when nobody is, it was
+    /// this one's until a moment ago.
+    fn kill_group(&mut self) {
+        if let Some(group) = self.group.take() {
+            let _ = killpg(group, Signal::SIGKILL);
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill_group();
     }
 }
 
@@ -147,7 +182,7 @@ impl Words {
             }
             said.refusals.push_back(cut(refusal.trim_end_matches("\\n")));
         }
-        if matches!(line.level, "error" | "critical") {
+        if matches!(line.level, "error" | "critical" | "fatal" | "panic") {
             said.last_error = Some((Instant::now(), cut(line.text)));
         }
     }
@@ -162,7 +197,8 @@ fn cut(text: &str) -> String {
     text.chars().take(LONGEST_WORDS).collect()
 }
 
-/// A line in the format that `bootstrap::arguments` asks for; anything else is text at level `info`.
+/// A line in the format that `bootstrap::arguments` asks for (`[time][level][logger] text`), or in pilot-agent's, which its Envoy has
+/// too (`time<TAB>level<TAB>text`); anything else is text at level `info`.
 struct Line<'a> {
     level: &'a str,
     text: &'a str,
@@ -170,26 +206,35 @@ struct Line<'a> {
 
 impl<'a> Line<'a> {
     fn parse(line: &'a str) -> Self {
-        let parsed = || {
+        let of_envoy = || {
             let (_time, rest) = line.strip_prefix('[')?.split_once("][")?;
             let (level, rest) = rest.split_once("][")?;
             let (_logger, text) = rest.split_once("] ")?;
             Some(Line { level, text })
         };
-        parsed().unwrap_or(Line { level: "info", text: line })
+        let of_pilot_agent = || {
+            let (time, rest) = line.split_once('\t')?;
+            let (level, text) = rest.split_once('\t')?;
+            const LEVELS: [&str; 9] =
+                ["trace", "debug", "info", "warn", "warning", "error", "critical", "fatal", "panic"];
+            (time.ends_with('Z') && LEVELS.contains(&level)).then_some(Line { level, text })
+        };
+        of_envoy().or_else(of_pilot_agent).unwrap_or(Line { level: "info", text: line })
     }
 
-    fn log(&self) {
+    fn log(&self, sidecar: &'static str) {
         match self.level {
-            "critical" | "error" => tracing::error!(sidecar = "envoy", text = self.text, "the sidecar says"),
-            "warning" => tracing::warn!(sidecar = "envoy", text = self.text, "the sidecar says"),
-            "debug" | "trace" => tracing::debug!(sidecar = "envoy", text = self.text, "the sidecar says"),
-            _ => tracing::info!(sidecar = "envoy", text = self.text, "the sidecar says"),
+            "panic" | "fatal" | "critical" | "error" => {
+                tracing::error!(sidecar, text = self.text, "the sidecar says");
+            }
+            "warning" | "warn" => tracing::warn!(sidecar, text = self.text, "the sidecar says"),
+            "debug" | "trace" => tracing::debug!(sidecar, text = self.text, "the sidecar says"),
+            _ => tracing::info!(sidecar, text = self.text, "the sidecar says"),
         }
     }
 }
 
-/// Where a stream of Envoy's goes.
+/// Where a stream of the sidecar's goes.
 enum Output {
     /// The agent's own log: `/dev/stdout` and `/dev/stderr` are whatever the agent's are, and its lines must not be torn by Envoy's.
     Log,
@@ -214,7 +259,7 @@ impl Output {
 }
 
 /// Until the pipe ends.
-async fn copy(pipe: impl AsyncRead + Unpin, output: Output, words: Words) {
+async fn copy(pipe: impl AsyncRead + Unpin, name: &'static str, output: Output, words: Words) {
     let mut file = match output {
         Output::Log => None,
         Output::File(file) => Some(tokio::fs::File::from_std(file)),
@@ -226,7 +271,7 @@ async fn copy(pipe: impl AsyncRead + Unpin, output: Output, words: Words) {
         let line = Line::parse(&text);
         words.hear(&line);
         match &mut file {
-            None => line.log(),
+            None => line.log(name),
             Some(file) => {
                 bytes.push(b'\n');
                 // A full disk costs lines, not the sidecar.
@@ -258,8 +303,8 @@ async fn read_line(from: &mut (impl AsyncBufRead + Unpin), line: &mut Vec<u8>) -
     }
 }
 
-/// Ends the Envoy of an earlier agent that was killed: it holds the listeners' ports. Never another process: the noted one must have
-/// started at the noted time, run this binary, and work in this directory.
+/// Ends the sidecar of an earlier agent that was killed: it holds the listeners' ports. Never another process: the noted one must have
+/// started at the noted time, run one of these binaries, and work in this directory.
 fn end_leftover(pid_file: &Path, options: &Options) {
     let Ok(text) = std::fs::read_to_string(pid_file) else { return };
     let _ = std::fs::remove_file(pid_file);
@@ -270,6 +315,8 @@ fn end_leftover(pid_file: &Path, options: &Options) {
     }
     let Ok(raw) = i32::try_from(pid) else { return };
     tracing::warn!(pid, "killing the sidecar of an earlier agent");
+    // What it started is in the group that it leads.
+    let _ = killpg(Pid::from_raw(raw), Signal::SIGKILL);
     if let Err(error) = kill(Pid::from_raw(raw), Signal::SIGKILL)
         && error != Errno::ESRCH
     {
@@ -289,7 +336,7 @@ fn end_leftover(pid_file: &Path, options: &Options) {
 
 fn is_ours(pid: u32, started: &str, options: &Options) -> bool {
     let link = |name: &str| std::fs::read_link(format!("/proc/{pid}/{name}")).ok();
-    let binary = options.binary.canonicalize().ok();
+    let binaries = options.binaries().filter_map(|binary| binary.canonicalize().ok());
     let runs = link("exe").map(|path| {
         // So the kernel names a binary that a package's update has replaced.
         let path = path.to_string_lossy().into_owned();
@@ -297,8 +344,7 @@ fn is_ours(pid: u32, started: &str, options: &Options) -> bool {
     });
     let directory = options.directory.canonicalize().ok();
     start_time(pid).as_deref() == Some(started)
-        && binary.is_some()
-        && runs == binary
+        && runs.is_some_and(|runs| binaries.into_iter().any(|binary| binary == runs))
         && directory.is_some()
         && link("cwd") == directory
 }
@@ -339,7 +385,9 @@ mod tests {
         assert_eq!(words.last_error().unwrap(), "error initializing: no");
         words.clear();
         assert_eq!(words.refusals(), None);
-        for odd in ["", "[", "[a][b", "[a][b][c]", "][", "\u{fffd}"] {
+        let of_pilot_agent = Line::parse("2026-11-24T15:00:00.123456Z\twarn\tca\tretrying\tin 1s");
+        assert_eq!((of_pilot_agent.level, of_pilot_agent.text), ("warn", "ca\tretrying\tin 1s"));
+        for odd in ["a\tb\tc", "2026Z\tb", "", "[", "[a][b", "[a][b][c]", "][", "\u{fffd}"] {
             assert_eq!(Line::parse(odd).text, odd);
         }
         for _ in 0..100 {

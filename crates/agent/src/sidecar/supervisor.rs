@@ -115,7 +115,7 @@ impl Supervisor {
             files::write(&options.directory, bootstrap::FILE, &bootstrap::json(&options, standalone, &instance))?;
         }
         write_all(&options, &files::whole(&boot))?;
-        let process = Process::start(&options)?;
+        let process = Process::start(&options, bootstrap::launch(&options, bootstrap::DRAIN_SECONDS))?;
         Ok(Self {
             instance,
             admin: Admin::new(options.admin),
@@ -480,7 +480,7 @@ impl Supervisor {
         // The files may be from the midst of a change.
         let written = files::prepare(&self.options.directory)
             .and_then(|()| write_all(&self.options, &files::whole(&self.current)))
-            .and_then(|()| Process::start(&self.options));
+            .and_then(|()| Process::start(&self.options, bootstrap::launch(&self.options, bootstrap::DRAIN_SECONDS)));
         self.started = Instant::now();
         match written {
             Ok(process) => {
@@ -491,44 +491,9 @@ impl Supervisor {
         }
     }
 
-    /// Waits until nobody is being served: no request in flight, and no connection or only idle ones.
     async fn drain(&mut self, deadline: Duration) {
         self.draining = true;
-        let deadline = Instant::now() + deadline;
-        if let Err(error) = self.admin.drain().await {
-            tracing::warn!(error = %format!("{error:#}"), "can't drain the sidecar");
-            return;
-        }
-        let mut last = None;
-        let mut quiet_since = Instant::now();
-        loop {
-            if self.process.as_mut().is_none_or(|process| process.ended().is_some()) {
-                return;
-            }
-            match self.admin.in_flight().await {
-                Ok(flight) if flight.active == 0 && flight.connections == 0 => return,
-                Ok(flight) => {
-                    if flight.active > 0 || last != Some(flight.total) {
-                        quiet_since = Instant::now();
-                    }
-                    if quiet_since.elapsed() >= QUIET {
-                        return;
-                    }
-                    last = Some(flight.total);
-                    if Instant::now() >= deadline {
-                        tracing::warn!(active = flight.active, "requests are still in flight at the drain's deadline");
-                        return;
-                    }
-                }
-                Err(error) => {
-                    if Instant::now() >= deadline {
-                        tracing::warn!(error = %format!("{error:#}"), "the sidecar doesn't say what is in flight");
-                        return;
-                    }
-                }
-            }
-            sleep(Duration::from_millis(20)).await;
-        }
+        drain(&self.admin, &mut self.process, deadline).await;
     }
 
     fn condition(&mut self, condition: Result<(), String>) {
@@ -549,8 +514,47 @@ impl Supervisor {
     }
 }
 
+/// Waits until nobody is being served: no request in flight, and no connection or only idle ones.
+pub(super) async fn drain(admin: &Admin, process: &mut Option<Process>, deadline: Duration) {
+    let deadline = Instant::now() + deadline;
+    if let Err(error) = admin.drain().await {
+        tracing::warn!(error = %format!("{error:#}"), "can't drain the sidecar");
+        return;
+    }
+    let mut last = None;
+    let mut quiet_since = Instant::now();
+    loop {
+        if process.as_mut().is_none_or(|process| process.ended().is_some()) {
+            return;
+        }
+        match admin.in_flight().await {
+            Ok(flight) if flight.active == 0 && flight.connections == 0 => return,
+            Ok(flight) => {
+                if flight.active > 0 || last != Some(flight.total) {
+                    quiet_since = Instant::now();
+                }
+                if quiet_since.elapsed() >= QUIET {
+                    return;
+                }
+                last = Some(flight.total);
+                if Instant::now() >= deadline {
+                    tracing::warn!(active = flight.active, "requests are still in flight at the drain's deadline");
+                    return;
+                }
+            }
+            Err(error) => {
+                if Instant::now() >= deadline {
+                    tracing::warn!(error = %format!("{error:#}"), "the sidecar doesn't say what is in flight");
+                    return;
+                }
+            }
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
 /// A place to leave events without waiting: who takes them may be waiting for this task.
-fn queue(events: mpsc::Sender<Event>) -> mpsc::Sender<Event> {
+pub(super) fn queue(events: mpsc::Sender<Event>) -> mpsc::Sender<Event> {
     let (sender, mut queued) = mpsc::channel(256);
     tokio::spawn(async move {
         while let Some(event) = queued.recv().await {
@@ -567,7 +571,7 @@ fn write_all(options: &Options, step: &Step) -> anyhow::Result<()> {
 }
 
 /// Never, where nothing runs.
-async fn ended(process: &mut Option<Process>) -> std::io::Result<ExitStatus> {
+pub(super) async fn ended(process: &mut Option<Process>) -> std::io::Result<ExitStatus> {
     match process {
         Some(process) => process.wait().await,
         None => std::future::pending().await,
