@@ -118,6 +118,25 @@ fn it_warns_of_whom_it_believes_besides_aws() {
 }
 
 #[test]
+fn it_goes_on_when_nobody_reads_its_log_any_more_and_ends_when_it_is_told_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut plane = Plane::start(dir.path(), &[]);
+    plane.line("starting");
+    // The pipe is broken from here on; whatever the plane says while it starts and stops goes into it.
+    let mut nothing = Command::new("true").stderr(Stdio::piped()).spawn().unwrap();
+    plane.log = BufReader::new(nothing.stderr.take().unwrap());
+    nothing.wait().unwrap();
+    let socket = dir.path().join("data/admin.sock");
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while !socket.exists() {
+        assert!(plane.child.try_wait().unwrap().is_none(), "it ended");
+        assert!(std::time::Instant::now() < deadline, "no admin socket");
+        std::thread::yield_now();
+    }
+    assert_eq!(plane.terminate(), Some(0));
+}
+
+#[test]
 fn a_registry_that_is_damaged_is_left_as_it_is_and_the_way_out_is_said() {
     let dir = tempfile::tempdir().unwrap();
     let mut first = Plane::start(dir.path(), &[]);

@@ -16,6 +16,8 @@ pub fn init(format: Format, default_filter: &str) {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // They would go to standard error too, with a panic where that can't be written: whoever reads the log may end before us.
+        .log_internal_errors(false)
         .with_target(false)
         .with_span_events(FmtSpan::NONE);
     match format {
