@@ -205,7 +205,8 @@ fn no_disk() -> bool {
     true
 }
 
-#[tokio::test]
+// Processes are waited for in it, while connections end.
+#[tokio::test(flavor = "multi_thread")]
 async fn a_disk_that_turns_read_only_admits_nobody_and_loses_nobody() {
     if no_disk() {
         return;
