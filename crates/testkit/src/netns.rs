@@ -20,7 +20,7 @@ use std::io::{Read, Write};
 use std::net::Ipv4Addr;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
 
 /// Which of its parts the program plays: absent, `init`, `main` or `holder`.
@@ -207,13 +207,27 @@ impl Drop for Machine {
 }
 
 fn outer() -> anyhow::Result<ExitCode> {
-    sweep();
     let directory = std::env::temp_dir().join(format!("onboarding-lab-{}", std::process::id()));
     std::fs::create_dir(&directory).with_context(|| format!("creating {}", directory.display()))?;
+    let mut janitor = janitor(&directory)?;
     let code = supervise(&directory);
-    // Empty, as seen from here: what is in it was on the lab's own tmpfs.
-    let _ = std::fs::remove_dir(&directory);
+    drop(janitor.stdin.take());
+    let _ = janitor.wait();
     code
+}
+
+/// Removes the directory when this process has ended, also by SIGKILL, or lets go of its standard input. It is empty, as seen from
+/// outside: what is in it was on the lab's own tmpfs. In a process group of its own: the terminal's Ctrl-C isn't for it.
+fn janitor(directory: &Path) -> anyhow::Result<Child> {
+    Command::new("sh")
+        .args(["-c", "cat; rmdir -- \"$0\""])
+        .arg(directory)
+        .process_group(0)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .context("starting who removes the lab's directory")
 }
 
 fn supervise(directory: &Path) -> anyhow::Result<ExitCode> {
@@ -257,17 +271,6 @@ fn supervise(directory: &Path) -> anyhow::Result<ExitCode> {
                 let _ = writeln!(std::io::stderr(), "\ninterrupted; everything that was started is gone");
                 return Ok(ExitCode::from(130));
             }
-        }
-    }
-}
-
-/// Directories of labs whose process is gone (SIGKILL); they are empty, or they stay.
-fn sweep() {
-    for entry in std::fs::read_dir(std::env::temp_dir()).into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        let Some(pid) = name.to_str().and_then(|name| name.strip_prefix("onboarding-lab-")) else { continue };
-        if pid.parse::<u32>().is_ok() && !Path::new("/proc").join(pid).exists() {
-            let _ = std::fs::remove_dir(entry.path());
         }
     }
 }
