@@ -12,8 +12,7 @@ mod witness;
 
 use crate::boot::{self, HeldBoot};
 use crate::config::Configuration;
-use crate::host::Evidence;
-use crate::host::Host;
+use crate::host::{Evidence, Host};
 use crate::keeper;
 use crate::key::AgentKey;
 use crate::machine::{self, Event, Phase, State, Wait};
