@@ -285,7 +285,8 @@ impl Ended {
     }
 }
 
-const NOT_UP: &str = "the sidecar has not come up yet";
+/// The health of what has never reported any.
+pub const NOT_UP: &str = "the sidecar has not come up yet";
 
 fn on_register(state: &State, register: Register, now: Timestamp) -> Result<Step, Refusal> {
     let Register { group, attested, key, report, token_issued_at, token_expires_at } = register;

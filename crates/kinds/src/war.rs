@@ -1,5 +1,7 @@
 //! `runtime.onboarding.tetrate.io/v1alpha1` WorkloadAutoRegistration: what a registration looks like to people.
 
+pub mod lease;
+
 use crate::identity::{self, Case};
 use crate::reader::Map;
 use onboarding_core::name::RegistrationName;

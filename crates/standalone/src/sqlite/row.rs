@@ -1,11 +1,12 @@
 //! A state as a row, and back.
 
 use jiff::Timestamp;
-use onboarding_core::identity::{Attested, Replay};
+use onboarding_core::identity::Attested;
 use onboarding_core::name::{GroupName, RegistrationName};
-use onboarding_core::registration::{Connection as Session, DisconnectReason, Ended, Health, KeyMemory, Live, State};
+use onboarding_core::registration::{Connection as Session, Ended, Health, KeyMemory, Live, State};
 use onboarding_endpoint::backend::Stored;
 use onboarding_kinds::identity::{self, Case};
+use onboarding_kinds::war::lease::{self, parse_reason, parse_replay, reason_name, replay};
 use onboarding_kinds::war::report;
 use rusqlite::{Connection, named_params};
 
@@ -231,46 +232,7 @@ fn time(time: Timestamp) -> Option<String> {
 }
 
 fn parse_time(column: &str, text: &Option<String>) -> Result<Timestamp, String> {
-    needed(column, text)?.parse().map_err(|error| format!("{column}: {error}"))
-}
-
-fn replay(replay: Replay) -> String {
-    match replay {
-        Replay::BoundToKey => "bound-to-key".to_owned(),
-        Replay::Forever => "forever".to_owned(),
-        Replay::Until(end) => end.to_string(),
-    }
-}
-
-fn parse_replay(text: &str) -> Result<Replay, String> {
-    match text {
-        "bound-to-key" => Ok(Replay::BoundToKey),
-        "forever" => Ok(Replay::Forever),
-        end => end.parse().map(Replay::Until).map_err(|error| format!("replay {end:?}: {error}")),
-    }
-}
-
-const REASONS: [(DisconnectReason, &str); 5] = [
-    (DisconnectReason::NotYetConnected, "not-yet-connected"),
-    (DisconnectReason::ConnectionLost, "connection-lost"),
-    (DisconnectReason::TokenExpired, "token-expired"),
-    (DisconnectReason::PolicyUnreadable, "policy-unreadable"),
-    (DisconnectReason::PlaneRestarted, "plane-restarted"),
-];
-
-fn reason_name(reason: DisconnectReason) -> &'static str {
-    match reason {
-        DisconnectReason::NotYetConnected => "not-yet-connected",
-        DisconnectReason::ConnectionLost => "connection-lost",
-        DisconnectReason::TokenExpired => "token-expired",
-        DisconnectReason::PolicyUnreadable => "policy-unreadable",
-        DisconnectReason::PlaneRestarted => "plane-restarted",
-    }
-}
-
-fn parse_reason(text: &str) -> Result<DisconnectReason, String> {
-    let known = REASONS.iter().find(|(_, name)| *name == text);
-    known.map(|(reason, _)| *reason).ok_or_else(|| format!("disconnect_reason {text:?} is unknown"))
+    lease::parse_time(column, needed(column, text)?)
 }
 
 #[cfg(test)]
