@@ -3,4 +3,5 @@
 //! What is never here: authorization (the endpoint asks the core), the agents' TLS, files of manifests, what the operator renders.
 //! See `docs/kubernetes.md`.
 
+pub mod istio;
 pub mod names;
