@@ -5,3 +5,4 @@
 
 pub mod istio;
 pub mod names;
+pub mod registry;
