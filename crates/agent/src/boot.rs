@@ -2,6 +2,8 @@
 
 mod istio;
 
+#[cfg(test)]
+pub(crate) use istio::tests as fixtures;
 pub use istio::{Address, Istio, PROXY_CONFIG, Secret};
 
 use aws_lc_rs::digest::{SHA256, digest};

@@ -34,6 +34,11 @@ fn boot(version: &str) -> Boot {
     Boot { version: version.to_owned(), spiffe_id: ID.to_owned(), probed: true, signer: Signer::Plane }
 }
 
+/// Of an Istio mesh.
+fn of_istio(version: &str, token_expires_at: i64) -> Boot {
+    Boot { signer: Signer::Istiod { token_expires_at: at(token_expires_at) }, ..boot(version) }
+}
+
 struct Agent {
     state: State,
     dice: Dice,
@@ -137,6 +142,69 @@ fn what_the_disk_holds_starts_the_sidecar_before_the_plane_answers() {
     // The kept token first, with a proof on this connection.
     assert_eq!(agent.step(1, discovered()), [Effect::Register { prove: true }]);
     assert_eq!(agent.step(1, Event::Registered), [Effect::OpenSession { complete: false }]);
+}
+
+#[test]
+fn in_an_istio_mesh_the_plane_signs_nothing() {
+    let mut agent = Agent::fresh();
+    for event in
+        [Event::Begin, discovered(), Event::EvidenceReady, Event::Authorized(token(0, 3600)), Event::Registered]
+    {
+        agent.step(0, event);
+    }
+    // Nobody knows yet which mesh it is; the refusal is no failure.
+    assert_eq!(agent.step(0, Event::SessionOpened)[0], Effect::RequestCertificate);
+    agent.step(0, Event::CertificateRefused { why: "istiod signs".to_owned() });
+    let effects = agent.step(0, Event::BootReceived(of_istio("1", 600)));
+    assert_eq!(effects, [Effect::StartSidecar, Effect::WatchApplication]);
+    assert_eq!(agent.state.last_error, None);
+    assert_eq!(agent.step(1, Event::CertificateHeld(certificate(0, 100))), []);
+    assert_eq!(agent.state.certificate, Some(certificate(0, 100)));
+    // Neither at half of its life nor after it.
+    assert_eq!(agent.step(50, Event::Tick), []);
+    assert_eq!(agent.step(101, Event::Tick), []);
+    // The same version with a new token is handed on.
+    let effects = agent.step(102, Event::BootReceived(of_istio("1", 1200)));
+    assert_eq!(effects, [Effect::ApplyBoot, Effect::WatchApplication]);
+    agent.step(103, lost());
+    let mut later = agent;
+    for event in [Event::Tick, discovered(), Event::Registered] {
+        later.step(200, event);
+    }
+    let effects = later.step(200, Event::SessionOpened);
+    assert!(!effects.contains(&Effect::RequestCertificate), "{effects:?}");
+}
+
+#[test]
+fn after_a_reboot_a_token_or_a_certificate_of_istiods_starts_the_sidecar() {
+    let begin = |certificate, boot| {
+        let mut agent = Agent { state: State::new(at(0), None, certificate, Some(boot)), dice: Dice::default() };
+        agent.step(0, Event::Begin).contains(&Effect::StartSidecar)
+    };
+    assert!(begin(None, of_istio("1", 10)));
+    assert!(begin(Some(certificate(-10, 10)), of_istio("1", 0)));
+    assert!(!begin(Some(certificate(-10, 0)), of_istio("1", 0)));
+    assert!(!begin(None, of_istio("1", 0)));
+    // And a token that comes later does.
+    let mut agent = Agent { state: State::new(at(0), None, None, Some(of_istio("1", 0))), dice: Dice::default() };
+    for event in
+        [Event::Begin, discovered(), Event::EvidenceReady, Event::Authorized(token(0, 3600)), Event::Registered]
+    {
+        agent.step(0, event);
+    }
+    assert!(!agent.step(0, Event::SessionOpened).contains(&Effect::RequestCertificate));
+    let effects = agent.step(0, Event::BootReceived(of_istio("1", 600)));
+    assert_eq!(effects, [Effect::StartSidecar, Effect::WatchApplication]);
+}
+
+#[test]
+fn a_workload_that_moves_to_the_other_mesh_gets_the_other_certificate() {
+    let mut agent = Agent::connected();
+    assert_eq!(agent.step(1, Event::BootReceived(of_istio("2", 600)))[0], Effect::ApplyBoot);
+    assert_eq!(agent.state.certificate, None);
+    agent.step(2, Event::CertificateHeld(certificate(2, 100)));
+    let effects = agent.step(3, Event::BootReceived(boot("3")));
+    assert!(effects.contains(&Effect::ApplyBoot) && effects.contains(&Effect::RequestCertificate), "{effects:?}");
 }
 
 #[test]
@@ -396,6 +464,8 @@ fn any_event(now: i64) -> impl Strategy<Value = Event> {
         8 => Just(Event::SessionOpened),
         6 => any::<u8>().prop_map(|version| Event::BootReceived(boot(&version.to_string()))),
         1 => any::<bool>().prop_map(|complete| Event::BootUnusable { why: "x".to_owned(), complete }),
+        3 => (1..90_000i64).prop_map(move |life| Event::BootReceived(of_istio("istio", now + life))),
+        3 => (1..90_000i64).prop_map(move |life| Event::CertificateHeld(certificate(now, now + life))),
         6 => (1..90_000i64).prop_map(move |life| Event::CertificateIssued(certificate(now, now + life))),
         1 => Just(Event::CertificateRefused { why: "x".to_owned() }),
         2 => ends.prop_map(|reason| Event::SessionEnded { reason, message: "x".to_owned() }),
@@ -420,9 +490,15 @@ fn a_token_is_used_only_where_there_is_one(state: &State, effects: &[Effect]) {
     assert!(!uses || state.token.is_some(), "{effects:?} in {state:?}");
 }
 
-/// A sidecar is started only with a configuration and a certificate that peers accept.
+/// A sidecar is started only with a configuration and a certificate that peers accept, or what it gets one with.
 fn a_sidecar_starts_only_with_what_it_needs(state: &State, now: Timestamp, effects: &[Effect]) {
-    assert!(!effects.contains(&Effect::StartSidecar) || state.certificate_usable(now), "{state:?}");
+    assert!(!effects.contains(&Effect::StartSidecar) || state.sidecar_can_start(now), "{state:?}");
+}
+
+/// The plane isn't asked for a certificate that istiod signs.
+fn asks_who_signs(state: &State, effects: &[Effect]) {
+    let istiods = matches!(&state.boot, Some(Boot { signer: Signer::Istiod { .. }, .. }));
+    assert!(!istiods || !effects.contains(&Effect::RequestCertificate), "{state:?}");
 }
 
 /// Nothing but a withdrawn admission and the agent's own end takes a sidecar down.
@@ -513,6 +589,7 @@ proptest! {
             let after = &agent.state;
             a_token_is_used_only_where_there_is_one(after, &effects);
             a_sidecar_starts_only_with_what_it_needs(after, at(now), &effects);
+            asks_who_signs(after, &effects);
             only_withdrawal_and_the_end_stop_the_sidecar(&before, &event, &effects);
             a_withdrawn_workload_holds_nothing(&before, &event, after);
             it_always_wakes(after);

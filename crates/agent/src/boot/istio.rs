@@ -284,9 +284,17 @@ fn node(json: Vec<u8>) -> Result<Vec<u8>, BootError> {
     if json.len() > LARGEST_NODE {
         return Err(malformed("node", format!("is larger than {LARGEST_NODE} bytes")));
     }
-    match serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(&json) {
-        Ok(_) => Ok(json),
-        Err(_) => Err(malformed("node", "is not a JSON object")),
+    let Ok(node) = serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(&json) else {
+        return Err(malformed("node", "is not a JSON object"));
+    };
+    // Envoy needs both.
+    let named = |name| node.get(name).and_then(serde_json::Value::as_str).is_some_and(|text| !text.is_empty());
+    if !named("id") || !named("cluster") {
+        return Err(malformed("node", "has no id or no cluster"));
+    }
+    match node.get("metadata") {
+        None | Some(serde_json::Value::Object(_)) => Ok(json),
+        Some(_) => Err(malformed("node", "has metadata that is no JSON object")),
     }
 }
 

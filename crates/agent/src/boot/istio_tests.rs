@@ -17,7 +17,7 @@ pub(crate) fn message(root: &str) -> pb::IstioBoot {
         root_certificates: root.to_owned(),
         token: "aaa.bbb.ccc".to_owned(),
         token_expires_at: Some(prost_types::Timestamp { seconds: 4_000_000_000, nanos: 0 }),
-        node: br#"{"id":"sidecar~{{HOST_IP}}~a.b~b.svc.cluster.local","metadata":{"CLUSTER_ID":"Kubernetes"}}"#
+        node: br#"{"id":"sidecar~{{HOST_IP}}~a.b~b.svc.cluster.local","cluster":"a.b","metadata":{"CLUSTER_ID":"Kubernetes"}}"#
             .to_vec(),
         drain_duration: Some(prost_types::Duration { seconds: 20, nanos: 0 }),
     }
@@ -179,5 +179,9 @@ fn what_is_hostile_is_refused() {
     for json in ["", "[]", "{", "{} {}"] {
         refuse(&|message| message.node = json.into(), "not a JSON object");
     }
+    for json in ["{}", r#"{"id":"a"}"#, r#"{"id":"a","cluster":""}"#, r#"{"id":1,"cluster":"a"}"#] {
+        refuse(&|message| message.node = json.into(), "no id or no cluster");
+    }
+    refuse(&|message| message.node = br#"{"id":"a","cluster":"b","metadata":[]}"#.to_vec(), "no JSON object");
     refuse(&|message| message.drain_duration = Some(prost_types::Duration { seconds: -1, nanos: 0 }), "drain_duration");
 }
