@@ -89,7 +89,7 @@ fn takes(egress: &EgressListener, from: &str, of: &str, host: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::istio::tests::{objects, sidecar};
+    use crate::istio::fixtures::{objects, sidecar};
     use onboarding_kinds::manifest::Object;
 
     fn services(text: &str) -> (Vec<Service>, Vec<ServiceEntry>) {

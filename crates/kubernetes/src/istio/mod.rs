@@ -379,5 +379,6 @@ impl Metrics {
 }
 
 #[cfg(test)]
-#[path = "tests.rs"]
+mod fixtures;
+#[cfg(test)]
 mod tests;

@@ -28,6 +28,8 @@ pub(super) const HOST_IP: &str = "{{HOST_IP}}";
 const CERTIFICATES: &str = "./etc/certs";
 /// On a WorkloadGroup, as on pods: where istiod is reached.
 const DISCOVERY_ANNOTATION: &str = "sidecar.istio.io/discoveryAddress";
+/// By which pilot-agent is told where it is.
+const LOCALITY_LABEL: &str = "istio-locality";
 /// Of a group's proxyMetadata; the rest of the environment is ours. An agent takes 256 variables in all, with values of at most 64 KiB.
 const MOST_METADATA: usize = 200;
 const LONGEST_METADATA: usize = 16 << 10;
@@ -344,7 +346,13 @@ fn files(proxy: &ProxyConfig, root_certificates: &str) -> BTreeMap<String, Vec<u
 /// pilot-agent's; `CA_ADDR` is unset on purpose: only then the name of istiod's certificate holds for its CA as well.
 fn environment(facts: &Facts<'_>) -> BTreeMap<String, String> {
     let Facts { name, group, entry, mesh, proxy, labels, istiod_san } = facts;
-    let mut environment = proxy.metadata.clone();
+    // What the host is, the plane has proven; guessing asks the metadata servers of three clouds, one after the other's silence.
+    let mut environment: BTreeMap<_, _> = [("CLOUD_PLATFORM".to_owned(), "none".to_owned())].into();
+    environment.extend(proxy.metadata.clone());
+    let mut labels_and_locality = (*labels).clone();
+    if let Some(locality) = &entry.locality {
+        labels_and_locality.insert(LOCALITY_LABEL.to_owned(), locality.clone());
+    }
     let (service, revision) = canonical(labels, &group.name.name);
     for (variable, value) in [
         ("INSTANCE_IP", HOST_IP),
@@ -362,7 +370,7 @@ fn environment(facts: &Facts<'_>) -> BTreeMap<String, String> {
         ("ISTIO_META_WORKLOAD_NAME", &group.name.name),
         ("ISTIO_META_WORKLOAD_ENTRY", &name.name),
         ("ISTIO_META_INTERCEPTION_MODE", "NONE"),
-        ("ISTIO_METAJSON_LABELS", &json!(labels).to_string()),
+        ("ISTIO_METAJSON_LABELS", &json!(labels_and_locality).to_string()),
     ] {
         environment.insert(variable.to_owned(), value.to_owned());
     }

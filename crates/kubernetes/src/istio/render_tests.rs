@@ -1,8 +1,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test states what must be true")]
 
 use super::*;
+use crate::istio::fixtures::{ROOT, group, group_with, live, name, objects, sidecar};
 use crate::istio::inputs::{DEFAULT_REVISION, Inputs, Meshes, Namespace};
-use crate::istio::tests::{ROOT, group, group_with, live, name, objects, sidecar};
 use jiff::Timestamp;
 use onboarding_core::registration::SidecarReport;
 use onboarding_kinds::control_plane::CustomGateway;

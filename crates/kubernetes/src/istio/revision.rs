@@ -91,7 +91,7 @@ impl Revision<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::istio::tests::group;
+    use crate::istio::fixtures::group;
 
     fn meshes(revisions: &[&str], tags: &[(&str, &str)]) -> Meshes {
         Meshes {

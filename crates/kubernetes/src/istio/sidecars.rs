@@ -37,7 +37,7 @@ pub(super) fn ingress(sidecar: &Sidecar) -> Vec<pb::IngressListener> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::istio::tests::sidecar;
+    use crate::istio::fixtures::sidecar;
 
     fn named(name: &str, spec: &str) -> Sidecar {
         Sidecar { name: name.to_owned(), ..sidecar(spec) }
