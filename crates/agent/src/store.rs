@@ -70,6 +70,7 @@ impl StoreError {
 }
 
 const BOOT: &str = "boot";
+const ISTIOD_IDENTITY: &str = "istiod-identity.json";
 const ADDRESS: &str = "address.json";
 const TOKEN: &str = "token.json";
 const IDENTITY: &str = "mesh-identity.json";
@@ -99,9 +100,12 @@ impl Store {
         self.directory.join("sidecar")
     }
 
-    /// The certificate in the mesh, with its key.
-    pub fn identity_path(&self) -> PathBuf {
-        self.directory.join(IDENTITY)
+    /// The certificate of istiod's, with its key: the sidecar's keeper writes it.
+    pub fn istiod_identity_path(&self) -> PathBuf {
+        self.directory.join(ISTIOD_IDENTITY)
+    }
+    pub fn istiod_identity(&self) -> Option<StoredIdentity> {
+        self.json(ISTIOD_IDENTITY)
     }
 
     /// Of this host, as it was registered last.
@@ -127,7 +131,8 @@ impl Store {
     /// After the workload was sent out of the mesh: neither the configuration nor the certificate must start a sidecar again.
     pub fn forget_boot(&self) -> Result<(), StoreError> {
         remove(&self.directory.join(BOOT))?;
-        remove(&self.directory.join(IDENTITY))
+        remove(&self.directory.join(IDENTITY))?;
+        remove(&self.directory.join(ISTIOD_IDENTITY))
     }
 
     pub fn token(&self) -> Option<StoredToken> {

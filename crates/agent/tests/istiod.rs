@@ -1,18 +1,29 @@
 //! The sidecar of an Istio mesh against a real istiod: with Envoy alone, and with pilot-agent.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test states what must be true")]
 
+#[allow(dead_code, reason = "not all of it is of use here")]
+mod plane;
+
 use jiff::Timestamp;
 use onboarding_agent::boot::{Address, HeldBoot};
+use onboarding_agent::config::Configuration;
+use onboarding_agent::run::{Settings, run};
 use onboarding_agent::sidecar::{Event, IstioWay, Options, PilotAgent, Sidecar};
+use onboarding_agent::status::Status;
+use onboarding_agent::store::Store;
+use onboarding_agent::trust::Trust;
+use onboarding_kinds::agent::{read_agent_configuration, read_onboarding_configuration};
 use onboarding_testkit::application;
 use onboarding_testkit::cluster::{self, Cluster, Istiod};
 use onboarding_wire::onboarding as pb;
+use plane::{Asked, Plane};
 use serde_json::json;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 const ID: &str = "spiffe://cluster.local/ns/bookinfo/sa/ratings-vm";
 /// Of anything that is waited for here.
@@ -79,10 +90,9 @@ impl Mesh {
 
 /// istiod has listeners bound to the first address that is not loopback, if pilot-agent finds one.
 fn own_address() -> IpAddr {
-    let addresses = getifaddrs::getifaddrs().unwrap().filter_map(|interface| interface.address.ip_addr());
+    let mut addresses = getifaddrs::getifaddrs().unwrap().filter_map(|interface| interface.address.ip_addr());
     addresses
-        .filter(|ip| ip.is_ipv4() && !ip.is_loopback())
-        .next()
+        .find(|ip| ip.is_ipv4() && !ip.is_loopback())
         .expect("this test needs an address besides loopback; `ip addr` has none")
 }
 
@@ -240,6 +250,7 @@ async fn a_sidecar_of_a_real_mesh() {
     let mesh = tokio::task::spawn_blocking(mesh).await.unwrap();
     envoy_alone(&mesh).await;
     with_pilot_agent(&mesh).await;
+    a_whole_agent(&mesh).await;
 }
 
 async fn envoy_alone(mesh: &Mesh) {
@@ -364,4 +375,90 @@ async fn with_pilot_agent(mesh: &Mesh) {
     sidecar.stop(Duration::from_secs(5)).await;
     tokio::net::TcpStream::connect((workload.ip, workload.ingress)).await.unwrap_err();
     tokio::net::TcpStream::connect(workload.admin).await.unwrap_err();
+}
+
+fn settings(plane: &Plane, workload: &Workload<'_>) -> Settings {
+    let onboarding = format!(
+        "apiVersion: config.agent.onboarding.tetrate.io/v1alpha1\nkind: OnboardingConfiguration\nonboardingEndpoint:\n  host: {}\n  port: {}\n  transportSecurity: {{tls: {{sni: {}}}}}\nworkloadGroup: {{namespace: bookinfo, name: ratings}}\n",
+        plane.address.ip(),
+        plane.address.port(),
+        plane::NAME,
+    );
+    let credential = r#"printf %s "{\"credential\":{\"@type\":\"x/JwtCredential\",\"token\":\"aa.bb.cc\"},\"expiresAt\":\"2126-01-01T00:00:00Z\"}""#;
+    let host_info =
+        format!(r#"printf %s "{{\"host\":{{\"addresses\":[{{\"ip\":\"{}\",\"type\":\"VPC\"}}]}}}}""#, workload.ip);
+    let log = workload.directory.path().join("log");
+    let agent = format!(
+        "apiVersion: config.agent.onboarding.tetrate.io/v1alpha1\nkind: AgentConfiguration\nhost:\n  custom:\n    credential:\n    - plugin: {{name: my-jwt, path: /bin/sh, args: ['-c', '{credential}']}}\n    hostinfo: {{plugin: {{name: my-host, path: /bin/sh, args: ['-c', '{host_info}']}}}}\nsidecar:\n  envoy: {{}}\n  stdout: {{filename: {log}}}\n  stderr: {{filename: {log}}}\n",
+        log = log.display(),
+    );
+    Settings {
+        configuration: Configuration {
+            onboarding: read_onboarding_configuration("onboarding.config.yaml", &onboarding).unwrap(),
+            agent: read_agent_configuration("agent.config.yaml", &agent).unwrap(),
+            origins: ("onboarding.config.yaml".to_owned(), "agent.config.yaml".to_owned()),
+        },
+        trust: Trust::load(Some(&plane.ca), Path::new("/nonexistent")).unwrap(),
+        state_directory: workload.directory.path().join("state"),
+        binary: envoy(),
+        admin: workload.admin,
+        istio: IstioWay::Envoy,
+    }
+}
+
+async fn until_status(settings: &Settings, what: &str, reached: impl Fn(&Status) -> bool) -> Status {
+    let begun = tokio::time::Instant::now();
+    loop {
+        let status = Status::read(&Store::at(&settings.state_directory)).unwrap();
+        if let Some(status) = &status
+            && reached(status)
+        {
+            return status.clone();
+        }
+        assert!(begun.elapsed() < WITHIN, "not {what}: {status:#?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn a_whole_agent(mesh: &Mesh) {
+    let workload = Workload::new(mesh, "whole", "127.0.0.1".parse().unwrap(), IstioWay::Envoy).await;
+    let plane = Plane::start().await;
+    let mut boot = workload.message("1", mesh.token());
+    if let Some(pb::boot_configuration::Sidecar::Istio(istio)) = &mut boot.sidecar {
+        // This plane isn't istiod's gateway.
+        istio.discovery_address = mesh.istiod.secure.to_string();
+    }
+    plane.script().boots = vec![boot];
+    let settings = settings(&plane, &workload);
+    let agent = tokio::spawn(run(settings.clone(), CancellationToken::new()));
+    let status = until_status(&settings, "live", |status| status.sidecar == "Live").await;
+    assert_eq!(status.spiffe_id.as_deref(), Some(ID));
+    assert_eq!(status.boot_version.as_deref(), Some("1"));
+    assert_eq!(status.last_error, None);
+    let reported = Asked::SidecarReport { boot_version: "1".to_owned(), accepted: true };
+    let begun = tokio::time::Instant::now();
+    while !(plane.script().asked.contains(&reported) && plane.script().asked.contains(&Asked::Health { ready: true })) {
+        assert!(begun.elapsed() < WITHIN, "{:?}", plane.script().asked);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    workload.calls_itself().await;
+    for kept in ["boot", "istiod-identity.json"] {
+        let mode = std::fs::metadata(settings.state_directory.join(kept)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{kept}");
+    }
+
+    // The power goes, and the plane.
+    agent.abort();
+    let _ = agent.await;
+    drop(plane);
+    std::fs::remove_file(Store::at(&settings.state_directory).status_path()).unwrap();
+    let stop = CancellationToken::new();
+    let agent = tokio::spawn(run(settings.clone(), stop.clone()));
+    let status = until_status(&settings, "live without the plane", |status| status.sidecar == "Live").await;
+    assert_eq!(status.spiffe_id.as_deref(), Some(ID));
+    assert_ne!(status.phase, "Connected");
+    workload.calls_itself().await;
+    stop.cancel();
+    tokio::time::timeout(WITHIN, agent).await.unwrap().unwrap().unwrap();
+    tokio::net::TcpStream::connect((workload.ip, workload.ingress)).await.unwrap_err();
 }

@@ -136,7 +136,7 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<
         stderr: settings.configuration.agent.sidecar.stderr.clone().into(),
         admin: settings.admin,
         istio: settings.istio.clone(),
-        identity: store.identity_path(),
+        identity: store.istiod_identity_path(),
     };
     let mut owned = JoinSet::new();
     owned.spawn(keeper::keep(options, commands, keeper_news));
@@ -179,7 +179,10 @@ impl Driver {
             (Some(boot::Sidecar::Istio(_)), sidecar::IstioWay::PilotAgent(_)) => {
                 sidecar::pilot_agents_certificate(&store.sidecar_directory())
             }
-            _ => identity.as_ref().map(StoredIdentity::facts),
+            (Some(boot::Sidecar::Istio(_)), sidecar::IstioWay::Envoy) => {
+                store.istiod_identity().as_ref().map(StoredIdentity::facts)
+            }
+            (Some(boot::Sidecar::Standalone(_)) | None, _) => identity.as_ref().map(StoredIdentity::facts),
         };
         let state =
             State::new(Timestamp::now(), token.as_ref().map(token_facts), certificate, held.as_deref().map(boot_facts));

@@ -185,6 +185,10 @@ impl Driver {
                     ),
                 }
                 let facts = boot_facts(&boot);
+                if facts.signer != Signer::Plane {
+                    // Whatever the plane makes of it, it isn't of this mesh.
+                    self.pending = None;
+                }
                 self.held = Some(Arc::new(boot));
                 self.kept("boot configuration", |driver| match &driver.held {
                     Some(held) => driver.store.keep_boot(held),
