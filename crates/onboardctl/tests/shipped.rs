@@ -46,7 +46,7 @@ type Wanted = Result<&'static str, &'static [&'static str]>;
 fn every_identity_is_decided_upon() {
     let some: [(&str, &[&str], Wanted); 8] = [
         ("ec2.yaml", &["narrow", "jwt"], Ok(NARROW)),
-        ("ec2.yaml", &["jwt"], Err(&["an AWS identity"])),
+        ("ec2.yaml", &["jwt"], Err(&["is \"aws\", wanted an identity by JWT"])),
         ("ec2-role-claimed.yaml", &["narrow"], Err(&["\"ratings-role\" is only claimed, not proven"])),
         ("ec2-role-claimed.yaml", &["narrow", "wide"], Ok(WIDE)),
         ("ecs.yaml", &["narrow", "wide"], Err(&["an ECS task", "\"ca-central-1\", wanted \"us-east-2\""])),

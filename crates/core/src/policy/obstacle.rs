@@ -204,11 +204,12 @@ fn one_of(values: &[String]) -> String {
     }
 }
 
+/// The branch of an identity, as section 3 of the reference names it.
 fn platform(identity: &Identity) -> &'static str {
     match identity {
-        Identity::Aws(_) => "an AWS identity",
-        Identity::Gcp(_) => "a GCP identity",
-        Identity::Azure(_) => "an Azure identity",
-        Identity::Jwt(_) => "an identity by JWT",
+        Identity::Aws(_) => "aws",
+        Identity::Gcp(_) => "gcp",
+        Identity::Azure(_) => "azure",
+        Identity::Jwt(_) => "jwt",
     }
 }
