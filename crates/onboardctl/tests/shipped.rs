@@ -51,8 +51,8 @@ fn every_identity_is_decided_upon() {
         ("ec2-role-claimed.yaml", &["narrow", "wide"], Ok(WIDE)),
         ("ecs.yaml", &["narrow", "wide"], Err(&["an ECS task", "\"ca-central-1\", wanted \"us-east-2\""])),
         ("jwt.yaml", &["narrow", "jwt"], Ok(JWT)),
-        ("gcp.yaml", &["wide", "jwt"], Err(&["a GCP identity", "a GCP identity"])),
-        ("azure.yaml", &["wide", "jwt"], Err(&["an Azure identity", "an Azure identity"])),
+        ("gcp.yaml", &["wide", "jwt"], Err(&["is \"gcp\", wanted an AWS", "is \"gcp\", wanted an identity by JWT"])),
+        ("azure.yaml", &["wide", "jwt"], Err(&["is \"azure\", wanted an AWS", "is \"azure\", wanted an identity by JWT"])),
     ];
     for (identity, policies, wanted) in some {
         let ended = explain(identity, policies);
