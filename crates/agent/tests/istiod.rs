@@ -428,19 +428,31 @@ async fn a_whole_agent(mesh: &Mesh) {
         // This plane isn't istiod's gateway.
         istio.discovery_address = mesh.istiod.secure.to_string();
     }
-    plane.script().boots = vec![boot];
+    // It was enrolled with a standalone mesh before, and moves.
+    let envoy =
+        pb::EnvoyBoot { node_id: "bookinfo/whole".to_owned(), cluster: "whole".to_owned(), ..Default::default() };
+    let standalone = pb::BootConfiguration {
+        version: "0".to_owned(),
+        spiffe_id: ID.to_owned(),
+        sidecar: Some(pb::boot_configuration::Sidecar::Envoy(envoy)),
+        ..Default::default()
+    };
+    plane.script().boots = vec![standalone];
     let settings = settings(&plane, &workload);
     let agent = tokio::spawn(run(settings.clone(), CancellationToken::new()));
-    let status = until_status(&settings, "live", |status| status.sidecar == "Live").await;
-    assert_eq!(status.spiffe_id.as_deref(), Some(ID));
-    assert_eq!(status.boot_version.as_deref(), Some("1"));
-    assert_eq!(status.last_error, None);
+    until_status(&settings, "live in the standalone mesh", |status| status.sidecar == "Live").await;
+    plane.script().boots = vec![boot.clone()];
+    plane.say(pb::plane_message::Message::Boot(boot)).await;
+    until_status(&settings, "of the Istio mesh", |status| status.boot_version.as_deref() == Some("1")).await;
     let reported = Asked::SidecarReport { boot_version: "1".to_owned(), accepted: true };
     let begun = tokio::time::Instant::now();
     while !(plane.script().asked.contains(&reported) && plane.script().asked.contains(&Asked::Health { ready: true })) {
         assert!(begun.elapsed() < WITHIN, "{:?}", plane.script().asked);
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+    let status = until_status(&settings, "live", |status| status.sidecar == "Live").await;
+    assert_eq!(status.spiffe_id.as_deref(), Some(ID));
+    assert_eq!(status.last_error, None);
     workload.calls_itself().await;
     for kept in ["boot", "istiod-identity.json"] {
         let mode = std::fs::metadata(settings.state_directory.join(kept)).unwrap().permissions().mode();

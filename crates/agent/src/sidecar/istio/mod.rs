@@ -57,7 +57,6 @@ pub(super) struct Supervisor {
     restarts: Backoff,
     look_at: Instant,
     version: String,
-    spiffe_id: String,
     /// Placed.
     istio: Istio,
     live: bool,
@@ -142,7 +141,6 @@ impl Supervisor {
             restarts: Backoff::new(Duration::from_millis(100), Duration::from_secs(30)),
             look_at: now + NEVER,
             version: boot.version.clone(),
-            spiffe_id: boot.spiffe_id.clone(),
             istio: (**istio).clone(),
             live: false,
             said: Said::default(),
@@ -182,7 +180,12 @@ impl Supervisor {
                     let _ = done.send(());
                 }
                 Happened::Command(Some(Command::Apply { boot, written })) => {
-                    let _ = written.send(self.apply(*boot).await);
+                    let applied = self.apply(*boot);
+                    let restart = *applied.as_ref().unwrap_or(&false);
+                    let _ = written.send(applied.map(|_| ()));
+                    if restart && !self.draining {
+                        self.restart().await;
+                    }
                 }
                 Happened::Ended(ended) => self.ended(ended).await,
                 Happened::Certificate => self.certificate_changed(),
@@ -233,7 +236,8 @@ impl Supervisor {
         }
     }
 
-    async fn apply(&mut self, boot: HeldBoot) -> anyhow::Result<()> {
+    /// True: it has to be restarted.
+    fn apply(&mut self, boot: HeldBoot) -> anyhow::Result<bool> {
         let boot::Sidecar::Istio(next) = boot.sidecar else { anyhow::bail!("not a sidecar of an Istio mesh") };
         let credentials = Credentials::of(&next, &boot.spiffe_id)?;
         let restart = match &self.care {
@@ -243,6 +247,7 @@ impl Supervisor {
                         != bootstrap::json(self.options.admin, &next, "")?
             }
             Care::PilotAgents { .. } => {
+                layout::write_credentials(&self.options.directory, &next)?;
                 self.istio.files != next.files
                     || self.istio.environment != next.environment
                     || self.istio.discovery_address != next.discovery_address
@@ -250,46 +255,38 @@ impl Supervisor {
             }
         };
         let rotate = self.istio.root_certificates != next.root_certificates;
-        (self.istio, self.version, self.spiffe_id) = (*next, boot.version, boot.spiffe_id);
-        match &mut self.care {
-            Care::PilotAgents { .. } => layout::write_credentials(&self.options.directory, &self.istio)?,
-            Care::Ours { renewal, standing, sds } => {
-                renewal.with(credentials);
-                let identity = standing.borrow().identity.clone();
-                if let (true, Some(_), Some(identity)) = (rotate, &sds, identity) {
-                    let identity = self.identity(&identity);
-                    if let Care::Ours { sds: Some(sds), .. } = &self.care {
-                        sds.rotate(identity);
-                    }
-                }
+        (self.istio, self.version) = (*next, boot.version);
+        if let Care::Ours { renewal, standing, .. } = &self.care {
+            renewal.with(credentials);
+            let identity = standing.borrow().identity.clone().filter(|_| rotate).map(|kept| self.identity(&kept));
+            if let (Some(identity), Care::Ours { sds: Some(sds), .. }) = (identity, &self.care) {
+                sds.rotate(identity);
             }
         }
-        if restart && !self.draining {
-            self.restart().await?;
-        } else {
+        if !restart {
             self.accepted();
         }
-        Ok(())
+        Ok(restart)
     }
 
     /// Gracefully; the same process would go on with what it was started with.
-    async fn restart(&mut self) -> anyhow::Result<()> {
+    async fn restart(&mut self) {
         if self.process.is_none() {
             self.start_at = Instant::now();
-            return Ok(());
+            return;
         }
         tracing::info!(version = self.version, "the sidecar is restarted, for it is started with something else now");
         tokio::select! {
             () = drain(&self.admin, &mut self.process, DRAIN_WITHIN) => {}
-            // The goodbye drains it anyway.
-            () = self.leaving.cancelled() => {}
+            // The goodbye drains what is there.
+            () = self.leaving.cancelled() => return,
         }
         if let Some(process) = self.process.take() {
             process.stop(STOP_WITHIN).await;
         }
         self.live = false;
         self.said.condition = None;
-        self.spawn()
+        self.start_again();
     }
 
     fn spawn(&mut self) -> anyhow::Result<()> {
@@ -384,7 +381,14 @@ impl Supervisor {
     }
 
     async fn is_live(&self) -> Result<(), String> {
-        self.admin.ready().await?;
+        self.admin.ready().await.map_err(|why| {
+            match (&self.istio.discovery_address, why.contains("INITIALIZING")) {
+                (Some(istiod), true) => {
+                    format!("{why}: istiod at {istiod} has not configured it; the sidecar's log says why")
+                }
+                _ => why,
+            }
+        })?;
         match self.admin.is_instance(&self.instance).await {
             Ok(true) => Ok(()),
             Ok(false) => Err(format!("another Envoy has the admin address {}", self.options.admin)),
