@@ -5,6 +5,8 @@
 
 pub mod agent;
 pub mod control_plane;
+#[cfg(feature = "crd")]
+pub mod crd;
 pub mod fault;
 mod group;
 pub mod identity;
