@@ -21,7 +21,10 @@ use serde_json::json;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -41,6 +44,8 @@ struct Workload<'a> {
     mesh: &'a Mesh,
     name: &'static str,
     ip: IpAddr,
+    /// Reads of its application's.
+    arrived: Arc<AtomicUsize>,
     ingress: u16,
     egress: u16,
     admin: SocketAddr,
@@ -96,13 +101,36 @@ fn own_address() -> IpAddr {
         .expect("this test needs an address besides loopback; `ip addr` has none")
 }
 
+/// The application, behind somebody who notes when a request arrives, which the application itself does when it answers.
+async fn serve(listener: tokio::net::TcpListener, name: &'static str, arrived: Arc<AtomicUsize>) {
+    let inner = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = inner.local_addr().unwrap();
+    tokio::spawn(application::serve(inner, name.to_owned()));
+    while let Ok((stream, _)) = listener.accept().await {
+        let arrived = arrived.clone();
+        tokio::spawn(async move {
+            let (mut from, mut to) = stream.into_split();
+            let (mut answers, mut requests) = tokio::net::TcpStream::connect(address).await.unwrap().into_split();
+            let back = tokio::spawn(async move { tokio::io::copy(&mut answers, &mut to).await });
+            let mut buffer = vec![0; 16 * 1024];
+            while let Ok(size @ 1..) = from.read(&mut buffer).await {
+                arrived.fetch_add(1, Ordering::SeqCst);
+                requests.write_all(&buffer[..size]).await.unwrap();
+            }
+            drop(requests);
+            let _ = back.await;
+        });
+    }
+}
+
 impl<'a> Workload<'a> {
     async fn new(mesh: &'a Mesh, name: &'static str, ip: IpAddr, way: IstioWay) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let (application, ingress, egress) = (listener.local_addr().unwrap().port(), free().port(), free().port());
-        mesh.add(name, ip, application, ingress, egress);
-        tokio::spawn(application::serve(listener, name.to_owned()));
-        Self { mesh, name, ip, ingress, egress, admin: free(), directory: tempfile::tempdir().unwrap(), way }
+        let (application, ingress, egress) = (listener.local_addr().unwrap(), free().port(), free().port());
+        mesh.add(name, ip, application.port(), ingress, egress);
+        let arrived = Arc::new(AtomicUsize::new(0));
+        tokio::spawn(serve(listener, name, arrived.clone()));
+        Self { mesh, name, ip, arrived, ingress, egress, admin: free(), directory: tempfile::tempdir().unwrap(), way }
     }
 
     fn options(&self) -> Options {
@@ -238,6 +266,30 @@ impl<'a> Workload<'a> {
     }
 }
 
+async fn curl(arguments: &[&str]) -> String {
+    let output = tokio::process::Command::new("curl").args(["-sS", "--max-time", "20"]).args(arguments).output();
+    String::from_utf8(output.await.unwrap().stdout).unwrap()
+}
+
+/// What is in flight when the sidecar is told to go is answered, and then nothing listens any more.
+async fn leaves_gracefully(workload: &Workload<'_>, sidecar: Sidecar) {
+    let before = workload.arrived.load(Ordering::SeqCst);
+    let uri = format!("http://127.0.0.2:{}/slow?ms=2000", workload.egress);
+    let host = format!("Host: {}.bookinfo.svc.cluster.local:{}", workload.name, workload.egress);
+    let slow = tokio::spawn(async move { curl(&["-o", "/dev/null", "-w", "%{http_code}", "-H", &host, &uri]).await });
+    let begun = tokio::time::Instant::now();
+    while workload.arrived.load(Ordering::SeqCst) == before {
+        assert!(begun.elapsed() < WITHIN, "the request doesn't arrive");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(!slow.is_finished());
+    sidecar.drain(Duration::from_secs(10)).await;
+    sidecar.stop(Duration::from_secs(5)).await;
+    assert_eq!(slow.await.unwrap(), "200");
+    tokio::net::TcpStream::connect((workload.ip, workload.ingress)).await.unwrap_err();
+    tokio::net::TcpStream::connect(workload.admin).await.unwrap_err();
+}
+
 fn envoy() -> PathBuf {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../dev/envoy");
     let output = std::process::Command::new(script).output().unwrap();
@@ -298,9 +350,7 @@ async fn envoy_alone(mesh: &Mesh) {
     workload.live(&mut events, "3").await;
     assert_ne!(workload.pid(), pid);
     workload.calls_itself().await;
-    sidecar.drain(Duration::from_secs(5)).await;
-    sidecar.stop(Duration::from_secs(5)).await;
-    tokio::net::TcpStream::connect((workload.ip, workload.ingress)).await.unwrap_err();
+    leaves_gracefully(&workload, sidecar).await;
 
     // A reboot when the token has expired: the certificate is on the disk.
     if let onboarding_agent::boot::Sidecar::Istio(istio) = &mut held.sidecar {
@@ -371,10 +421,7 @@ async fn with_pilot_agent(mesh: &Mesh) {
     workload.until(&mut events, |event| matches!(event, Event::Exited { .. })).await;
     workload.until(&mut events, |event| *event == Event::Ready).await;
     workload.calls_itself().await;
-    sidecar.drain(Duration::from_secs(5)).await;
-    sidecar.stop(Duration::from_secs(5)).await;
-    tokio::net::TcpStream::connect((workload.ip, workload.ingress)).await.unwrap_err();
-    tokio::net::TcpStream::connect(workload.admin).await.unwrap_err();
+    leaves_gracefully(&workload, sidecar).await;
 }
 
 fn settings(plane: &Plane, workload: &Workload<'_>) -> Settings {
