@@ -3,11 +3,12 @@
 use async_trait::async_trait;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
-use onboarding_attest::jwt::Issuer;
+use onboarding_attest::jwt::{Issuer, KeySource};
 use onboarding_core::group::WorkloadGroup;
 use onboarding_core::name::{GroupName, RegistrationName};
 use onboarding_core::policy::PolicySet;
 use onboarding_core::registration::State;
+use onboarding_kinds::control_plane::{ControlPlane, JwtIssuer, Onboarding};
 use onboarding_wire::onboarding::{BootConfiguration, Certificate, SidecarReport};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -40,6 +41,57 @@ pub struct PlaneSettings {
     pub propagation_delay: Duration,
     pub issuers: Vec<Issuer>,
     pub local_repository: bool,
+}
+
+impl PlaneSettings {
+    /// `uid`: the plane's, where the ControlPlane names none.
+    pub fn new(onboarding: &Onboarding, uid: &str) -> Self {
+        Self {
+            uid: onboarding.uid.clone().unwrap_or_else(|| uid.to_owned()),
+            hosts: onboarding.hosts.clone(),
+            token_life: onboarding.token_expiration,
+            propagation_delay: onboarding.propagation_delay,
+            issuers: onboarding.issuers.iter().map(issuer).collect(),
+            local_repository: onboarding.local_repository,
+        }
+    }
+}
+
+fn issuer(issuer: &JwtIssuer) -> Issuer {
+    Issuer {
+        issuer: issuer.issuer.clone(),
+        short_name: issuer.short_name.clone(),
+        keys: match (&issuer.jwks, &issuer.jwks_uri) {
+            (Some(jwks), _) => KeySource::Inline(jwks.clone()),
+            (None, Some(uri)) => KeySource::Uri(uri.clone()),
+            (None, None) => KeySource::Discovery,
+        },
+        attributes: issuer.attributes_json_path.clone(),
+    }
+}
+
+/// The one ControlPlane that enables onboarding. `place`: where they come from, for people (`the manifests`).
+///
+/// # Errors
+/// None does, or several do; in words.
+pub fn enabling<'a>(
+    planes: impl IntoIterator<Item = &'a ControlPlane>,
+    place: &str,
+) -> Result<(&'a ControlPlane, &'a Onboarding), String> {
+    let enabling: Vec<_> = planes.into_iter().filter_map(|plane| Some((plane, plane.onboarding.as_ref()?))).collect();
+    match enabling.as_slice() {
+        [one] => Ok(*one),
+        [] => Err(format!("onboarding isn't enabled: no ControlPlane in {place} has spec.meshExpansion.onboarding")),
+        several => Err(format!(
+            "onboarding is enabled by {} ControlPlanes ({}); one must remain",
+            several.len(),
+            several
+                .iter()
+                .map(|(plane, _)| format!("{}/{}", plane.namespace, plane.name))
+                .collect::<Vec<_>>()
+                .join(", ")
+        )),
+    }
 }
 
 /// A certificate chain and its key, PEM.

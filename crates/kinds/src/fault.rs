@@ -28,6 +28,27 @@ impl fmt::Display for Fault {
     }
 }
 
+impl Fault {
+    /// `KIND NAMESPACE/NAME: FIELD.PATH: what is wrong`, for what isn't from a file; in one line, as [`fmt::Display`] has it.
+    pub fn of_object(&self) -> String {
+        join(&[&self.object, &self.path, &self.message])
+    }
+    /// `FIELD.PATH: what is wrong`, where the object is known.
+    pub fn of_field(&self) -> String {
+        join(&[&self.path, &self.message])
+    }
+}
+
+/// The parts that there are, with colons between them.
+fn join(parts: &[&str]) -> String {
+    let parts: Vec<_> = parts.iter().copied().filter(|part| !part.is_empty()).collect();
+    let mut out = String::new();
+    for c in parts.join(": ").chars() {
+        if is_unprintable(c) { out.extend(c.escape_default()) } else { out.push(c) }
+    }
+    out
+}
+
 /// Writes text so that a terminal shows it and doesn't obey it: control characters, line and paragraph separators and
 /// the characters that turn the direction of writing become `\u{..}`.
 struct Escaped<'a, 'b>(&'a mut fmt::Formatter<'b>);

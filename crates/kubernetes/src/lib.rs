@@ -3,6 +3,11 @@
 //! What is never here: authorization (the endpoint asks the core), the agents' TLS, files of manifests, what the operator renders.
 //! See `docs/kubernetes.md`.
 
+pub mod fleet;
 pub mod istio;
+pub mod keys;
 pub mod names;
+pub mod notices;
+pub mod policies;
 pub mod registry;
+pub mod source;

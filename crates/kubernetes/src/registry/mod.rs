@@ -36,6 +36,8 @@ mod object;
 mod reconcile;
 mod store;
 
+pub(crate) use memory::LABEL as MEMORY_LABEL;
+
 use api::{Requests, Urgency};
 use async_trait::async_trait;
 use cache::Cache;

@@ -5,12 +5,11 @@
 
 use super::scan::Scan;
 use crate::mesh::MeshConfig;
-use onboarding_attest::jwt::{Issuer, KeySource};
 use onboarding_core::group::WorkloadGroup;
 use onboarding_core::name::GroupName;
 use onboarding_core::policy::Policy;
-use onboarding_endpoint::backend::{PlaneSettings, TlsMaterial};
-use onboarding_kinds::control_plane::{ControlPlane, JwtIssuer, Onboarding};
+use onboarding_endpoint::backend::{PlaneSettings, TlsMaterial, enabling};
+use onboarding_kinds::control_plane::ControlPlane;
 use onboarding_kinds::fault::Fault;
 use onboarding_kinds::manifest::{self, Manifest, Object};
 use onboarding_kinds::mesh::Secret;
@@ -125,11 +124,10 @@ impl Files {
             }
         }
         out.policies.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
-        planes.retain(|plane| plane.onboarding.is_some());
-        match planes.as_slice() {
-            [ControlPlane { namespace, name, onboarding: Some(onboarding), .. }] => {
+        match enabling(&planes, "the manifests") {
+            Ok((ControlPlane { namespace, name, .. }, onboarding)) => {
                 self.propagation_delay = Some(onboarding.propagation_delay);
-                out.plane = Some(settings(onboarding, uid));
+                out.plane = Some(PlaneSettings::new(onboarding, uid));
                 out.tls = self.secret(namespace, &onboarding.secret_name);
                 if out.tls.is_none() {
                     out.faults.push(format!(
@@ -138,19 +136,7 @@ impl Files {
                     ));
                 }
             }
-            [] => out.faults.push(
-                "onboarding isn't enabled: no ControlPlane in the manifests has spec.meshExpansion.onboarding"
-                    .to_owned(),
-            ),
-            several => out.faults.push(format!(
-                "onboarding is enabled by {} ControlPlanes ({}); one must remain",
-                several.len(),
-                several
-                    .iter()
-                    .map(|plane| format!("{}/{}", plane.namespace, plane.name))
-                    .collect::<Vec<_>>()
-                    .join(", ")
-            )),
+            Err(why) => out.faults.push(why),
         }
     }
 
@@ -307,29 +293,5 @@ fn key(object: &Object) -> Option<(&'static str, String, String)> {
         Object::WorkloadGroup(group) => Some(("WorkloadGroup", group.name.namespace.clone(), group.name.name.clone())),
         Object::ControlPlane(plane) => Some(("ControlPlane", plane.namespace.clone(), plane.name.clone())),
         _ => None,
-    }
-}
-
-fn settings(onboarding: &Onboarding, uid: &str) -> PlaneSettings {
-    PlaneSettings {
-        uid: onboarding.uid.clone().unwrap_or_else(|| uid.to_owned()),
-        hosts: onboarding.hosts.clone(),
-        token_life: onboarding.token_expiration,
-        propagation_delay: onboarding.propagation_delay,
-        issuers: onboarding.issuers.iter().map(issuer).collect(),
-        local_repository: onboarding.local_repository,
-    }
-}
-
-fn issuer(issuer: &JwtIssuer) -> Issuer {
-    Issuer {
-        issuer: issuer.issuer.clone(),
-        short_name: issuer.short_name.clone(),
-        keys: match (&issuer.jwks, &issuer.jwks_uri) {
-            (Some(jwks), _) => KeySource::Inline(jwks.clone()),
-            (None, Some(uri)) => KeySource::Uri(uri.clone()),
-            (None, None) => KeySource::Discovery,
-        },
-        attributes: issuer.attributes_json_path.clone(),
     }
 }
