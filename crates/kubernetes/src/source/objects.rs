@@ -368,7 +368,3 @@ fn revision(name: &str, base: &str) -> Option<String> {
         _ => None,
     }
 }
-
-#[cfg(test)]
-#[path = "objects_tests.rs"]
-mod tests;
