@@ -12,11 +12,14 @@ use futures_util::stream::BoxStream;
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec};
 use kube::api::{Api, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
+use onboarding_agent::boot::{Address, HeldBoot};
+use onboarding_agent::sidecar::{self, Event, IstioWay, Sidecar};
 use onboarding_core::name::RegistrationName;
 use onboarding_core::registration::{SidecarReport as Reported, State};
 use onboarding_endpoint::backend::{ProvisionError, Provisioner, Registry, RegistryError, Stored, Workload};
 use onboarding_kubernetes::istio::{
-    Account, DEFAULT_REVISION, Inputs, IstioProvisioner, Mesh, Meshes, Namespace, TokenOptions, TokenStatus, Tokens,
+    AT_ONCE_ANNOTATION, Account, DEFAULT_REVISION, Inputs, IstioProvisioner, Mesh, Meshes, Namespace, TokenOptions,
+    TokenStatus, Tokens,
 };
 use onboarding_testkit::cluster::{Cluster, Options};
 use onboarding_testkit::process::Process;
@@ -24,7 +27,7 @@ use onboarding_wire::onboarding as pb;
 use prometheus_client::registry::Registry as Metrics;
 use serde_json::{Value, json};
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -312,19 +315,37 @@ async fn boot_configurations_follow(cluster: &Cluster) {
     assert_eq!(second.propagation_delay.unwrap().seconds, 3);
     assert_ne!(second.version, first.version);
     assert_eq!(istio(&second).token, istio(&first).token);
-    // Another service account is another token.
+    // What needs a restart waits for the next session, and the token is still the one that the sidecar was started for.
     cluster.kubectl(["create", "serviceaccount", "other", "-n", "bookinfo"]).unwrap();
-    provided.change(|inputs| {
+    let with_account = |at_once: &str| {
         let mut group = fixtures::group();
         group.service_account = "other".to_owned();
-        inputs.groups.insert(group.name.clone(), Arc::new(group));
+        group.workload_annotations.insert(AT_ONCE_ANNOTATION.to_owned(), at_once.to_owned());
+        Arc::new(group)
+    };
+    assert!(provided.provisioner.is_newest(&fixtures::name(), &second.version));
+    provided.change(|inputs| {
+        inputs.groups.insert(workload().group, with_account("false"));
+        inputs.propagation_delay = Duration::from_secs(4);
     });
-    let third = next(&mut boots).await.unwrap();
+    let waiting = next(&mut boots).await.unwrap();
+    assert_eq!(waiting.propagation_delay.unwrap().seconds, 4);
+    assert_eq!((&waiting.spiffe_id, &istio(&waiting).environment), (&second.spiffe_id, &istio(&second).environment));
+    assert_eq!(istio(&waiting).token, istio(&second).token);
+    assert!(!provided.provisioner.is_newest(&fixtures::name(), &waiting.version));
+    // The next session has it.
+    let third = next(&mut provided.boots()).await.unwrap();
     assert_eq!(third.spiffe_id, "spiffe://cluster.local/ns/bookinfo/sa/other");
     assert_eq!(claims(&istio(&third).token)["sub"], "system:serviceaccount:bookinfo:other");
-    // An agent that has this version gets a token all the same.
+    assert!(provided.provisioner.is_newest(&fixtures::name(), &third.version));
+    // Unless the operator wants it now.
+    provided.change(|inputs| drop(inputs.groups.insert(workload().group, with_account("true"))));
+    let now = next(&mut boots).await.unwrap();
+    assert_eq!(now, third);
+    // An agent that has this version gets a token, and nothing else.
     let held = provided.provisioner.boot(&workload(), &third.version).next().await.unwrap().unwrap();
-    assert_eq!((held.version.as_str(), istio(&held).token.is_empty()), (third.version.as_str(), false));
+    assert_eq!((&held.version, &istio(&held).token), (&third.version, &istio(&third).token));
+    assert!(istio(&held).files.is_empty() && held.spiffe_id.is_empty());
 
     // Reports are kept for those who are connected.
     let report =
@@ -348,6 +369,20 @@ async fn boot_configurations_follow(cluster: &Cluster) {
     let (first, second) = (next(&mut boots).await.unwrap(), next(&mut boots).await.unwrap());
     assert_eq!(first.version, second.version);
     assert_ne!(istio(&first).token, istio(&second).token);
+    assert!(istio(&second).files.is_empty());
+    // Even while nobody can say what else the sidecar would be given.
+    provided.change(|inputs| inputs.meshes = Arc::default());
+    let (mut error, mut renewed) = (None, 0);
+    while error.is_none() || renewed < 2 {
+        match next(&mut boots).await {
+            Ok(boot) => {
+                assert_eq!(boot.version, first.version);
+                renewed += usize::from(error.is_some());
+            }
+            Err(words) => assert!(error.replace(words).is_none(), "it is said once"),
+        }
+    }
+    assert!(error.unwrap().contains("is Istio installed?"));
     assert!(istio(&first).token_expires_at.unwrap().seconds <= istio(&second).token_expires_at.unwrap().seconds);
     // It ends with the plane.
     provided.stop.cancel();
@@ -386,6 +421,7 @@ async fn what_is_in_the_way_is_said(cluster: &Cluster) {
         group.service_account = "not-yet".to_owned();
         inputs.groups.insert(group.name.clone(), Arc::new(group));
     });
+    let mut boots = provided.boots();
     let error = next(&mut boots).await.unwrap_err();
     assert!(error.contains("kubectl create serviceaccount not-yet -n bookinfo"), "{error}");
     cluster.kubectl(["create", "serviceaccount", "not-yet", "-n", "bookinfo"]).unwrap();
@@ -395,8 +431,8 @@ async fn what_is_in_the_way_is_said(cluster: &Cluster) {
     provided.change(|inputs| inputs.groups.clear());
     let error = next(&mut boots).await.unwrap_err();
     assert!(error.contains("the WorkloadGroup bookinfo/ratings doesn't exist"), "{error}");
-    provided.change(|inputs| *inputs = self::inputs());
-    next(&mut boots).await.unwrap();
+    provided.change(|inputs| *inputs = Inputs { propagation_delay: Duration::from_secs(5), ..self::inputs() });
+    assert_eq!(next(&mut boots).await.unwrap().propagation_delay.unwrap().seconds, 5);
     provided.stop.cancel();
 }
 
@@ -457,6 +493,98 @@ async fn the_node_is_what_pilot_agent_makes_of_it() {
     provided.stop.cancel();
 }
 
+/// From our boot configuration to requests through a mesh of the real istiod, by the real agent's sidecar, Envoy alone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sidecar_comes_up_from_it() {
+    let cluster = Cluster::start(Options::default()).unwrap();
+    cluster.apply_istio_crds().unwrap();
+    let istiod = cluster.start_istiod("trustDomain: cluster.local\n").unwrap();
+    cluster.kubectl(["create", "namespace", "bookinfo"]).unwrap();
+    cluster.kubectl(["create", "serviceaccount", "ratings-vm", "-n", "bookinfo"]).unwrap();
+    cluster
+        .kubectl(["wait", "--for=create", "--timeout=60s", "configmap/istio-ca-root-cert", "-n", "bookinfo"])
+        .unwrap();
+    let path = "jsonpath={.data.root-cert\\.pem}";
+    let root = cluster.kubectl(["get", "configmap", "istio-ca-root-cert", "-n", "bookinfo", "-o", path]).unwrap();
+    let listener = tokio::net::TcpListener::bind((HOST_IP, 0)).await.unwrap();
+    let (application, ingress, egress, admin) = (listener.local_addr().unwrap().port(), free(), free(), free());
+    tokio::spawn(onboarding_testkit::application::serve(listener, "ratings".to_owned()));
+    let name = fixtures::name().name;
+    cluster
+        .apply(&format!(
+            "apiVersion: networking.istio.io/v1\nkind: WorkloadEntry\nmetadata: {{name: {name}, namespace: bookinfo}}\n\
+             spec: {{address: {HOST_IP}, labels: {{app: ratings, class: vm, version: v5}}, serviceAccount: ratings-vm, network: virtual-machines}}\n---\n\
+             apiVersion: v1\nkind: Service\nmetadata: {{name: ratings, namespace: bookinfo}}\n\
+             spec: {{selector: {{app: ratings}}, ports: [{{name: http, port: {egress}, targetPort: {ingress}}}]}}\n---\n\
+             apiVersion: networking.istio.io/v1\nkind: Sidecar\nmetadata: {{name: vm, namespace: bookinfo}}\n\
+             spec:\n  workloadSelector: {{labels: {{app: ratings, class: vm}}}}\n  \
+             ingress: [{{defaultEndpoint: '{HOST_IP}:{application}', port: {{name: http, number: {ingress}, protocol: HTTP}}}}]\n  \
+             egress: [{{bind: 127.0.0.2, port: {{number: {egress}}}, hosts: ['./*']}}]\n",
+        ))
+        .unwrap();
+    let provided = Provided::new(&cluster, TokenOptions::default()).await;
+    provided.change(|inputs| {
+        let namespace = Arc::make_mut(inputs.namespaces.get_mut("bookinfo").unwrap());
+        namespace.root_certificates = Some(root);
+        // Other tests on this machine have the usual ports.
+        let ports = format!("{{ENVOY_STATUS_PORT: '{}', ENVOY_PROMETHEUS_PORT: '{}'}}", free(), free());
+        let annotation = format!("metadata: {{annotations: {{proxy.istio.io/config: \"proxyMetadata: {ports}\"}}}}");
+        let group = fixtures::group_with(&annotation);
+        inputs.groups.insert(group.name.clone(), Arc::new(group));
+    });
+    let boot = next(&mut provided.boots()).await.unwrap();
+    let address = Address { host: istiod.secure.ip().to_string(), port: istiod.secure.port() };
+    let held = HeldBoot::apply(None, boot).unwrap().placed(Some(HOST_IP.parse().unwrap()), &address).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let log = directory.path().join("log");
+    let options = sidecar::Options {
+        binary: envoy(),
+        directory: directory.path().join("sidecar"),
+        stdout: log.clone(),
+        stderr: log.clone(),
+        admin: ([127, 0, 0, 1], admin).into(),
+        istio: IstioWay::Envoy,
+        identity: directory.path().join("identity.json"),
+    };
+    let (sender, mut events) = tokio::sync::mpsc::channel(64);
+    let sidecar = Sidecar::start(options, &held, None, sender).await.unwrap();
+    let log = || std::fs::read_to_string(&log).unwrap_or_default();
+    loop {
+        match tokio::time::timeout(WITHIN, events.recv()).await {
+            Ok(Some(Event::Accepted { version })) => break assert_eq!(version, held.version),
+            Ok(Some(_)) => {}
+            Ok(None) | Err(_) => panic!("the sidecar's log:\n{}", log()),
+        }
+    }
+    let uri = format!("http://127.0.0.2:{egress}/");
+    let deadline = Instant::now() + WITHIN;
+    loop {
+        let host = format!("Host: ratings.bookinfo:{egress}");
+        let curl =
+            tokio::process::Command::new("curl").args(["-sS", "--max-time", "5", "-H", &host, &uri]).output().await;
+        let curl = curl.unwrap();
+        if let Ok(answer) = serde_json::from_slice::<onboarding_testkit::application::Answer>(&curl.stdout) {
+            break assert_eq!(answer.application, "ratings");
+        }
+        assert!(Instant::now() < deadline, "{curl:?}; the sidecar's log:\n{}", log());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    sidecar.stop(Duration::from_secs(5)).await;
+    provided.stop.cancel();
+}
+
+fn envoy() -> PathBuf {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../dev/envoy");
+    let output = Command::new(script).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().trim().into()
+}
+
+/// A port that was free a moment ago.
+fn free() -> u16 {
+    std::net::TcpListener::bind((HOST_IP, 0)).unwrap().local_addr().unwrap().port()
+}
+
 const HOST_IP: &str = "127.0.0.1";
 
 /// From the bootstrap that it writes for Envoy.
@@ -469,10 +597,10 @@ async fn pilot_agents_node(cluster: &Cluster, boot: &pb::IstioBoot, directory: &
     for (path, bytes) in &boot.files {
         write(path, bytes);
     }
+    write("etc/certs/root-cert.pem", boot.root_certificates.as_bytes());
     write("var/run/secrets/tokens/istio-token", boot.token.as_bytes());
     let template = std::fs::read(cluster.binary("envoy_bootstrap_tmpl.json")).unwrap();
     write("var/lib/istio/envoy/envoy_bootstrap_tmpl.json", &template);
-    let free = || std::net::TcpListener::bind((HOST_IP, 0)).unwrap().local_addr().unwrap().port();
     // In the place of Envoy: it keeps the bootstrap, which pilot-agent removes at its end. `$2` is what comes after `-c`.
     write("envoy", b"#!/bin/sh\ncp \"$2\" kept.part && mv kept.part kept && exec sleep 600\n");
     std::fs::set_permissions(directory.join("envoy"), std::fs::Permissions::from_mode(0o700)).unwrap();

@@ -1,5 +1,6 @@
 //! Envoy's Node, by which istiod decides what to send: what pilot-agent would say of itself (`GetNodeMetaData`). Pure.
 
+use super::mesh::ProxyConfig;
 use super::render::{Facts, HOST_IP, Object, canonical, mesh_id, pod_ports};
 use onboarding_core::label::Labels;
 use serde_json::{Value, json};
@@ -45,9 +46,9 @@ fn metadata(facts: &Facts<'_>) -> Object {
         ("STATIC_LABELS", json!(labels)),
         ("PILOT_SAN", json!([istiod_san])),
         ("PROXY_CONFIG", Value::Object(proxy_config(facts))),
-        // pilot-agent's defaults: istiod keeps listeners off these ports.
-        ("ENVOY_STATUS_PORT", json!(15021)),
-        ("ENVOY_PROMETHEUS_PORT", json!(15090)),
+        // As pilot-agent takes them from its environment, which has proxyMetadata; istiod keeps listeners off these ports.
+        ("ENVOY_STATUS_PORT", json!(port(proxy, "ENVOY_STATUS_PORT", 15021))),
+        ("ENVOY_PROMETHEUS_PORT", json!(port(proxy, "ENVOY_PROMETHEUS_PORT", 15090))),
         ("METADATA_DISCOVERY", json!("false")),
     ] {
         metadata.insert(field.to_owned(), value);
@@ -59,6 +60,10 @@ fn metadata(facts: &Facts<'_>) -> Object {
         metadata.insert("POD_PORTS".to_owned(), json!(ports));
     }
     metadata
+}
+
+fn port(proxy: &ProxyConfig, variable: &str, default: u16) -> u16 {
+    proxy.metadata.get(variable).and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
 /// With Istio's defaults (`mesh.DefaultProxyConfig`): istiod takes a proxy's own configuration whole, in the place of the mesh's.

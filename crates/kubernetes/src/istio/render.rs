@@ -20,6 +20,7 @@ use prost::Message;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::net::Ipv6Addr;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Stands for the address that the agent registered.
@@ -28,6 +29,8 @@ pub(super) const HOST_IP: &str = "{{HOST_IP}}";
 const CERTIFICATES: &str = "./etc/certs";
 /// On a WorkloadGroup, as on pods: where istiod is reached.
 const DISCOVERY_ANNOTATION: &str = "sidecar.istio.io/discoveryAddress";
+/// On a WorkloadGroup: what needs a restart of its sidecars reaches those that are connected as well.
+pub(super) const AT_ONCE_ANNOTATION: &str = "onboarding.tetrate.io/restart-sidecars-on-change";
 /// By which pilot-agent is told where it is.
 const LOCALITY_LABEL: &str = "istio-locality";
 /// Of a group's proxyMetadata; the rest of the environment is ours. An agent takes 256 variables in all, with values of at most 64 KiB.
@@ -106,22 +109,32 @@ impl RenderError {
 /// Everything but the token.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Rendered {
+    pub start: Arc<Start>,
+    pub root_certificates: String,
+    /// What the agent itself goes by; without version, sidecar and what [`Start`] has.
+    pub head: pb::BootConfiguration,
+    /// Whether the group's operator wants changes of [`Start`] to take effect now.
+    pub at_once: bool,
+    /// What was asked for and isn't in it, for the log.
+    pub left_out: Vec<String>,
+    /// Of everything that an agent gets.
+    pub version: String,
+}
+
+/// What a sidecar process is started with: a change of it needs a restart.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct Start {
     pub service_account: String,
+    pub spiffe_id: String,
+    pub trust_domain: String,
     pub files: BTreeMap<String, Vec<u8>>,
     pub environment: BTreeMap<String, String>,
     /// `host:port`; empty: the agent's endpoint.
     pub discovery_address: String,
     pub istiod_san: String,
-    pub root_certificates: String,
     /// Protobuf JSON of Envoy's Node.
     pub node: Vec<u8>,
     pub drain_duration: Option<Duration>,
-    /// Without version and sidecar.
-    pub head: pb::BootConfiguration,
-    /// What was asked for and isn't in it, for the log.
-    pub left_out: Vec<String>,
-    /// Of everything that an agent gets.
-    pub version: String,
 }
 
 /// Facts that several parts of a boot configuration are made of.
@@ -156,42 +169,56 @@ pub(super) fn render(name: &RegistrationName, live: &Live, part: &Part) -> Resul
         labels: &labels,
         istiod_san: &istiod_san,
     };
-    let drain_duration = drain_duration(&proxy, &mut left_out);
-    let mut rendered = Rendered {
+    let start = Start {
         service_account: group.service_account.clone(),
-        files: files(&proxy, root_certificates),
+        spiffe_id: format!(
+            "spiffe://{}/ns/{}/sa/{}",
+            revision.mesh.trust_domain, name.namespace, group.service_account
+        ),
+        trust_domain: revision.mesh.trust_domain.clone(),
+        files: files(&proxy),
         environment: environment(&facts),
         discovery_address,
-        root_certificates: root_certificates.to_owned(),
         node: node::json(&facts).to_string().into_bytes(),
-        drain_duration,
+        drain_duration: drain_duration(&proxy, &mut left_out),
+        istiod_san: istiod_san.clone(),
+    };
+    let mut rendered = Rendered {
+        start: Arc::new(start),
+        root_certificates: root_certificates.to_owned(),
         head: head(&facts, part, &mut left_out),
+        at_once: group.workload_annotations.get(AT_ONCE_ANNOTATION).is_some_and(|value| value == "true"),
         left_out,
         version: String::new(),
-        istiod_san,
     };
     rendered.version = rendered.make_version();
     Ok(rendered)
 }
 
 impl Rendered {
+    /// The same for a sidecar that goes on with what it was started with.
+    pub fn started_with(self, start: &Arc<Start>) -> Self {
+        let mut rendered = Self { start: start.clone(), ..self };
+        rendered.version = rendered.make_version();
+        rendered
+    }
+
     pub fn message(&self, token: &Token) -> pb::BootConfiguration {
+        let start = &*self.start;
         let istio = pb::IstioBoot {
-            files: self.files.iter().map(|(path, bytes)| (path.clone(), bytes.clone())).collect(),
-            environment: self.environment.iter().map(|(name, value)| (name.clone(), value.clone())).collect(),
-            discovery_address: self.discovery_address.clone(),
-            istiod_san: self.istiod_san.clone(),
+            files: start.files.iter().map(|(path, bytes)| (path.clone(), bytes.clone())).collect(),
+            environment: start.environment.iter().map(|(name, value)| (name.clone(), value.clone())).collect(),
+            discovery_address: start.discovery_address.clone(),
+            istiod_san: start.istiod_san.clone(),
             root_certificates: self.root_certificates.clone(),
-            token: token.value().to_owned(),
-            token_expires_at: Some(prost_types::Timestamp {
-                seconds: token.expires_at.as_second(),
-                nanos: token.expires_at.subsec_nanosecond(),
-            }),
-            node: self.node.clone(),
-            drain_duration: self.drain_duration.and_then(|duration| duration.try_into().ok()),
+            node: start.node.clone(),
+            drain_duration: start.drain_duration.and_then(|duration| duration.try_into().ok()),
+            ..with_token(token)
         };
         pb::BootConfiguration {
             version: self.version.clone(),
+            spiffe_id: start.spiffe_id.clone(),
+            trust_domain: start.trust_domain.clone(),
             sidecar: Some(pb::boot_configuration::Sidecar::Istio(istio)),
             ..self.head.clone()
         }
@@ -204,24 +231,52 @@ impl Rendered {
             context.update(&(bytes.len() as u64).to_be_bytes());
             context.update(bytes);
         };
-        for (path, bytes) in &self.files {
+        let start = &*self.start;
+        for (path, bytes) in &start.files {
             add(path.as_bytes());
             add(bytes);
         }
         // No path and no variable is empty.
         add(b"");
-        for (name, value) in &self.environment {
+        for (name, value) in &start.environment {
             add(name.as_bytes());
             add(value.as_bytes());
         }
         add(b"");
-        for text in [&self.service_account, &self.discovery_address, &self.istiod_san, &self.root_certificates] {
+        for text in [
+            &start.service_account,
+            &start.spiffe_id,
+            &start.trust_domain,
+            &start.discovery_address,
+            &start.istiod_san,
+            &self.root_certificates,
+        ] {
             add(text.as_bytes());
         }
-        add(&self.node);
-        add(format!("{:?}", self.drain_duration).as_bytes());
+        add(&start.node);
+        add(format!("{:?}", start.drain_duration).as_bytes());
         add(&self.head.encode_to_vec());
         context.finish().as_ref().iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+/// For an agent that holds this version: a token, and nothing else.
+pub(super) fn token_alone(version: &str, token: &Token) -> pb::BootConfiguration {
+    pb::BootConfiguration {
+        version: version.to_owned(),
+        sidecar: Some(pb::boot_configuration::Sidecar::Istio(with_token(token))),
+        ..pb::BootConfiguration::default()
+    }
+}
+
+fn with_token(token: &Token) -> pb::IstioBoot {
+    pb::IstioBoot {
+        token: token.value().to_owned(),
+        token_expires_at: Some(prost_types::Timestamp {
+            seconds: token.expires_at.as_second(),
+            nanos: token.expires_at.subsec_nanosecond(),
+        }),
+        ..pb::IstioBoot::default()
     }
 }
 
@@ -327,8 +382,8 @@ fn usable_variable(name: &str, value: &str) -> bool {
         && !value.contains('\0')
 }
 
-/// pilot-agent's.
-fn files(proxy: &ProxyConfig, root_certificates: &str) -> BTreeMap<String, Vec<u8>> {
+/// pilot-agent's, but for the mesh's roots, which the agent keeps up to date there without a restart.
+fn files(proxy: &ProxyConfig) -> BTreeMap<String, Vec<u8>> {
     let mut config = proxy.fields.clone();
     if !proxy.metadata.is_empty() {
         config.insert("proxyMetadata".to_owned(), json!(proxy.metadata));
@@ -336,11 +391,7 @@ fn files(proxy: &ProxyConfig, root_certificates: &str) -> BTreeMap<String, Vec<u
     let mesh = json!({ "defaultConfig": config });
     // JSON is YAML, and its strings can't be read as anything else.
     let mesh = serde_json::to_vec_pretty(&mesh).unwrap_or_default();
-    [
-        ("./etc/istio/config/mesh".to_owned(), mesh),
-        ("./etc/certs/root-cert.pem".to_owned(), root_certificates.as_bytes().to_vec()),
-    ]
-    .into()
+    [("./etc/istio/config/mesh".to_owned(), mesh)].into()
 }
 
 /// pilot-agent's; `CA_ADDR` is unset on purpose: only then the name of istiod's certificate holds for its CA as well.
@@ -428,7 +479,7 @@ fn drain_duration(proxy: &ProxyConfig, left_out: &mut Vec<String>) -> Option<Dur
 }
 
 fn head(facts: &Facts<'_>, part: &Part, left_out: &mut Vec<String>) -> pb::BootConfiguration {
-    let Facts { name, group, mesh, labels, .. } = facts;
+    let Facts { name, group, labels, .. } = facts;
     let sidecar = sidecars::selecting(&part.namespace, &part.istio_system, labels);
     let (host_aliases, more) = sidecar
         .map(|sidecar| hosts::aliases(&name.namespace, sidecar, &part.services, &part.service_entries))
@@ -437,14 +488,11 @@ fn head(facts: &Facts<'_>, part: &Part, left_out: &mut Vec<String>) -> pb::BootC
         left_out.push("host aliases beyond the first ten thousand".to_owned());
     }
     pb::BootConfiguration {
-        version: String::new(),
-        spiffe_id: format!("spiffe://{}/ns/{}/sa/{}", mesh.trust_domain, name.namespace, group.service_account),
-        trust_domain: mesh.trust_domain.clone(),
-        sidecar: None,
         probe: group.probe.as_ref().map(pb::Probe::from),
         host_aliases,
         ingress: sidecar.map(sidecars::ingress).unwrap_or_default(),
         propagation_delay: part.propagation_delay.try_into().ok(),
+        ..pb::BootConfiguration::default()
     }
 }
 

@@ -72,24 +72,26 @@ fn json_of(bytes: &[u8]) -> Value {
 #[test]
 fn the_requirement() {
     let rendered = made(&inputs(), &live()).unwrap();
-    assert_eq!(rendered.files["./etc/certs/root-cert.pem"], ROOT.as_bytes());
+    assert_eq!(rendered.root_certificates, ROOT);
+    let start = &rendered.start;
     insta::assert_yaml_snapshot!(
         "requirement",
         json!({
-            "service_account": rendered.service_account,
-            "mesh": json_of(&rendered.files["./etc/istio/config/mesh"]),
-            "environment": rendered.environment,
-            "discovery_address": rendered.discovery_address,
-            "istiod_san": rendered.istiod_san,
-            "node": json_of(&rendered.node),
-            "drain_duration": rendered.drain_duration,
+            "service_account": start.service_account,
+            "spiffe_id": start.spiffe_id,
+            "mesh": json_of(&start.files["./etc/istio/config/mesh"]),
+            "environment": start.environment,
+            "discovery_address": start.discovery_address,
+            "istiod_san": start.istiod_san,
+            "node": json_of(&start.node),
+            "drain_duration": start.drain_duration,
             "left_out": rendered.left_out,
         })
     );
     insta::assert_debug_snapshot!("requirement_head", rendered.head);
     // The files that an agent takes: relative, in etc or var.
-    assert!(rendered.files.keys().all(|path| path.starts_with("./etc/")));
-    assert!(!rendered.environment.contains_key("CA_ADDR"));
+    assert!(start.files.keys().all(|path| path.starts_with("./etc/")));
+    assert!(!start.environment.contains_key("CA_ADDR"));
 }
 
 #[test]
@@ -101,9 +103,36 @@ fn the_message_has_all_of_it_and_the_token() {
     assert_eq!(boot.spiffe_id, "spiffe://example.org/ns/bookinfo/sa/ratings-vm");
     let Some(pb::boot_configuration::Sidecar::Istio(istio)) = boot.sidecar else { panic!("{boot:?}") };
     assert_eq!((istio.token.as_str(), istio.token_expires_at.unwrap().seconds), ("a.b.c", 4_000_000_000));
-    assert_eq!(istio.environment.len(), rendered.environment.len());
-    assert_eq!(istio.files.len(), 2);
+    assert_eq!(istio.environment.len(), rendered.start.environment.len());
+    assert_eq!(istio.files.len(), 1);
+    assert_eq!(istio.root_certificates, ROOT);
     assert_eq!(istio.drain_duration.unwrap().seconds, 20);
+}
+
+#[test]
+fn a_token_alone_is_that() {
+    let boot = token_alone("v", &Token::for_tests("a.b.c", Timestamp::new(7, 0).unwrap()));
+    assert_eq!((boot.version.as_str(), boot.spiffe_id.as_str()), ("v", ""));
+    let Some(pb::boot_configuration::Sidecar::Istio(istio)) = boot.sidecar else { panic!("{boot:?}") };
+    assert_eq!((istio.token.as_str(), istio.token_expires_at.unwrap().seconds), ("a.b.c", 7));
+    assert_eq!(istio.encoded_len(), "a.b.c".len() + 2 + 4);
+}
+
+#[test]
+fn a_sidecar_that_runs_keeps_what_it_was_started_with() {
+    let before = made(&inputs(), &live()).unwrap();
+    let mut changed = with_group(group_with("metadata: {annotations: {proxy.istio.io/config: 'drainDuration: 21s'}}"));
+    assert!(!made(&changed, &live()).unwrap().at_once);
+    assert_eq!(made(&changed, &live()).unwrap().started_with(&before.start), before);
+    // What needs no restart is new all the same.
+    changed.propagation_delay = Duration::from_secs(1);
+    let next = made(&changed, &live()).unwrap().started_with(&before.start);
+    assert_eq!((&next.start, next.head.propagation_delay.unwrap().seconds), (&before.start, 1));
+    assert_ne!(next.version, before.version);
+    for (value, at_once) in [("true", true), ("false", false), ("yes", false)] {
+        let more = format!("metadata: {{annotations: {{{AT_ONCE_ANNOTATION}: '{value}'}}}}");
+        assert_eq!(made(&with_group(group_with(&more)), &live()).unwrap().at_once, at_once);
+    }
 }
 
 /// Whether the version becomes another.
@@ -172,7 +201,7 @@ fn the_clusters_name_as_pilot_agent_computes_it() {
     let cluster = |annotation: &str, labels: &str| {
         let more = format!("metadata: {{annotations: {{proxy.istio.io/config: '{annotation}'}}, labels: {labels}}}");
         let rendered = made(&with_group(group_with(&more)), &live()).unwrap();
-        json_of(&rendered.node)["cluster"].as_str().unwrap().to_owned()
+        json_of(&rendered.start.node)["cluster"].as_str().unwrap().to_owned()
     };
     let named = "{app.kubernetes.io/name: other}";
     assert_eq!(cluster("", "{}"), "ratings.bookinfo");
@@ -188,7 +217,8 @@ fn where_istiod_is_reached() {
     let address = |annotations: &str, gateway: Option<(&str, u16)>| {
         let group = group_with(&format!("metadata: {{annotations: {{{annotations}}}}}"));
         let custom_gateway = gateway.map(|(host, port)| CustomGateway { host: host.to_owned(), port });
-        made(&Inputs { custom_gateway, ..with_group(group) }, &live()).map(|rendered| rendered.discovery_address)
+        made(&Inputs { custom_gateway, ..with_group(group) }, &live())
+            .map(|rendered| rendered.start.discovery_address.clone())
     };
     assert_eq!(address("", None).unwrap(), "");
     assert_eq!(address("", Some(("gateway.example.org", 443))).unwrap(), "gateway.example.org:443");
@@ -229,10 +259,10 @@ fn a_network_is_the_groups_alone() {
         let mut inputs = with_group(group);
         Arc::make_mut(&mut inputs.meshes).by_revision.insert(DEFAULT_REVISION.to_owned(), Mesh::read(mesh, None));
         let rendered = made(&inputs, &live()).unwrap();
-        assert!(!rendered.environment.contains_key("ISTIO_META_AUTO_REGISTER_GROUP"));
-        assert!(!String::from_utf8_lossy(&rendered.files["./etc/istio/config/mesh"]).contains("AUTO_REGISTER"));
-        let of_node = json_of(&rendered.node)["metadata"].get("NETWORK").cloned();
-        assert_eq!(of_node, rendered.environment.get("ISTIO_META_NETWORK").map(|network| json!(network)));
+        assert!(!rendered.start.environment.contains_key("ISTIO_META_AUTO_REGISTER_GROUP"));
+        assert!(!String::from_utf8_lossy(&rendered.start.files["./etc/istio/config/mesh"]).contains("AUTO_REGISTER"));
+        let of_node = json_of(&rendered.start.node)["metadata"].get("NETWORK").cloned();
+        assert_eq!(of_node, rendered.start.environment.get("ISTIO_META_NETWORK").map(|network| json!(network)));
         of_node
     };
     assert_eq!(network(group()), Some(json!("virtual-machines")));
@@ -246,10 +276,10 @@ fn a_revision_names_its_istiod() {
     let mut live = live();
     live.report.sidecar = SidecarReport::Istio { version: "1.30".to_owned(), revision: Some("canary".to_owned()) };
     let rendered = made(&inputs, &live).unwrap();
-    assert_eq!(rendered.istiod_san, "istiod-canary.istio-system.svc");
-    assert_eq!(rendered.environment["ISTIOD_SAN"], "istiod-canary.istio-system.svc");
-    assert_eq!(rendered.environment["TRUST_DOMAIN"], "cluster.local");
-    assert_eq!(rendered.head.spiffe_id, "spiffe://cluster.local/ns/bookinfo/sa/ratings-vm");
+    assert_eq!(rendered.start.istiod_san, "istiod-canary.istio-system.svc");
+    assert_eq!(rendered.start.environment["ISTIOD_SAN"], "istiod-canary.istio-system.svc");
+    assert_eq!(rendered.start.environment["TRUST_DOMAIN"], "cluster.local");
+    assert_eq!(rendered.start.spiffe_id, "spiffe://cluster.local/ns/bookinfo/sa/ratings-vm");
     live.report.sidecar = SidecarReport::Istio { version: String::new(), revision: Some("other".to_owned()) };
     let error = made(&inputs, &live).unwrap_err();
     assert!(error.is_refusal());
@@ -305,8 +335,8 @@ fn no_more_than_an_agent_takes() {
     let mut inputs = inputs();
     Arc::make_mut(&mut inputs.meshes).by_revision.insert(DEFAULT_REVISION.to_owned(), Mesh::read(&mesh, None));
     let rendered = made(&inputs, &live()).unwrap();
-    assert!(rendered.environment.len() <= 256);
-    let size: usize = rendered.environment.iter().map(|(name, value)| name.len() + value.len()).sum();
+    assert!(rendered.start.environment.len() <= 256);
+    let size: usize = rendered.start.environment.iter().map(|(name, value)| name.len() + value.len()).sum();
     assert!(size < 512 << 10, "{size}");
     assert!(rendered.left_out.contains(&"proxyMetadata.LARGE".to_owned()));
 }
