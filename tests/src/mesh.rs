@@ -34,8 +34,7 @@ impl Mesh {
             command: Box::new(move |program| machine.command(program)),
         })?;
         cluster.apply_istio_crds()?;
-        // CRDS
-        if false { cluster.apply_crds(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/crds")))?; }
+        cluster.apply_crds(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/crds")))?;
         let istiod = cluster.start_istiod(MESH)?;
         let way_in = include_str!("../istio/way-in.yaml")
             .replace("ISTIOD_IP", &istiod.secure.ip().to_string())
@@ -103,6 +102,8 @@ fn start_gateway(cluster: &Cluster, istiod: Istiod, machine: &Machine) -> anyhow
             ("SERVICE_ACCOUNT", "vmgateway"),
             ("TRUST_DOMAIN", "cluster.local"),
             ("ISTIO_META_CLUSTER_ID", "Kubernetes"),
+            // Nobody is asked which cloud this is.
+            ("CLOUD_PLATFORM", "none"),
             ("ISTIO_META_WORKLOAD_NAME", "vmgateway"),
             ("ISTIO_METAJSON_LABELS", r#"{"istio":"vmgateway","app":"vmgateway"}"#),
             ("ISTIOD_SAN", "istiod.istio-system.svc"),

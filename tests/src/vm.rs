@@ -54,7 +54,7 @@ pub struct Vm {
 impl Vm {
     pub(crate) fn new(world: &World, name: &str, host: u8, group: &str, evidence: Evidence) -> anyhow::Result<Self> {
         let machine = world.lab().machine(name, host)?;
-        machine.add_host(world.plane_machine.address(), ENDPOINT)?;
+        machine.add_host(world.way_in(), ENDPOINT)?;
         machine.add_host(world.cloud.address(), "mycompany.corp")?;
         let mut vm = Self {
             machine,

@@ -1,6 +1,7 @@
 //! A plane, the clouds around it, and VMs: everything real but the clouds.
 
 use crate::cloud::Clouds;
+use crate::mesh::Mesh;
 use crate::until::until;
 use crate::vm::{Evidence, Vm};
 use anyhow::{Context, ensure};
@@ -9,6 +10,7 @@ use base64::engine::general_purpose::STANDARD;
 use onboarding_testkit::netns::{Lab, Machine};
 use onboarding_testkit::process::{self, Process};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -28,6 +30,8 @@ pub struct Setup {
     pub plane_flags: Vec<String>,
     /// The data directory is a tmpfs of this size.
     pub data_size: Option<&'static str>,
+    /// The plane is one of a cluster, the mesh Istio's, and VMs come in through its gateway.
+    pub istio: bool,
 }
 
 /// Machines and processes of one lab.
@@ -45,6 +49,8 @@ pub struct World {
     pub plane: Option<Process>,
     services: Vec<Process>,
     pair: Option<Pair>,
+    /// Where [`Setup::istio`] asks for one.
+    mesh: Option<Mesh>,
 }
 
 /// A VM of `ratings` on EC2 and one of `productpage` on premises, joined, that reach each other.
@@ -71,8 +77,14 @@ impl World {
             plane: None,
             services: Vec::new(),
             pair: None,
+            mesh: None,
         };
         world.write("company-ca.pem", &world.ca.certificate)?;
+        if world.setup.istio {
+            let mesh = Mesh::start(lab, world.plane_machine.address())?;
+            mesh.cluster.apply(include_str!("../istio/accounts.yaml"))?;
+            world.mesh = Some(mesh);
+        }
         world.prepare_manifests()?;
         world.services = world.start_services(&world.ca)?;
         std::fs::create_dir_all(world.data_dir())?;
@@ -93,7 +105,9 @@ impl World {
         std::fs::create_dir_all(&to)?;
         for entry in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../demo/manifests"))? {
             let entry = entry?;
-            std::fs::copy(entry.path(), to.join(entry.file_name()))?;
+            let name = entry.file_name();
+            let name = name.to_str().context("a file's name is text")?;
+            self.write_manifest(name, &std::fs::read_to_string(entry.path())?)?;
         }
         self.renew_endpoint_certificate()
     }
@@ -145,11 +159,31 @@ impl World {
     pub fn write_manifest(&self, name: &str, text: &str) -> anyhow::Result<()> {
         let temporary = self.manifests_dir().join(format!(".{name}.part"));
         std::fs::write(&temporary, text)?;
-        Ok(std::fs::rename(temporary, self.manifests_dir().join(name))?)
+        std::fs::rename(temporary, self.manifests_dir().join(name))?;
+        self.kubectl_with(&["apply"], name)
     }
 
     pub fn remove_manifest(&self, name: &str) -> anyhow::Result<()> {
+        self.kubectl_with(&["delete"], name)?;
         Ok(std::fs::remove_file(self.manifests_dir().join(name))?)
+    }
+
+    /// With a cluster, what happens to a manifest happens to its objects there.
+    fn kubectl_with(&self, verb: &[&str], name: &str) -> anyhow::Result<()> {
+        let Some(mesh) = &self.mesh else { return Ok(()) };
+        let file = self.manifests_dir().join(name);
+        let file = file.to_str().context("a path that isn't text")?;
+        mesh.cluster.kubectl([verb, &["-f", file]].concat()).map(drop)
+    }
+
+    /// The mesh of Istio around this world.
+    pub fn mesh(&self) -> anyhow::Result<&Mesh> {
+        self.mesh.as_ref().context("this world has no Istio")
+    }
+
+    /// Where agents knock: the plane itself, or the gateway in front of it.
+    pub fn way_in(&self) -> Ipv4Addr {
+        self.mesh.as_ref().map_or(self.plane_machine.address(), |mesh| mesh.gateway.address())
     }
 
     /// A file of the demo's manifests without its documents of this kind; give the text back to [`Self::write_manifest`] to restore.
@@ -173,9 +207,17 @@ impl World {
     /// Starts the plane, without waiting.
     pub fn launch_plane(&mut self) -> anyhow::Result<()> {
         let mut command = self.plane_machine.command(binary("onboarding-plane")?);
-        command.arg("standalone");
-        command.arg("--manifests").arg(self.manifests_dir());
-        command.arg("--data-dir").arg(self.data_dir());
+        match &self.mesh {
+            None => {
+                command.arg("standalone");
+                command.arg("--manifests").arg(self.manifests_dir());
+                command.arg("--data-dir").arg(self.data_dir());
+            }
+            Some(mesh) => {
+                command.args(["kubernetes", "--replica", "onboarding-plane-0", "--kubeconfig"]);
+                command.arg(mesh.cluster.kubeconfig());
+            }
+        }
         command.args(["--listen", "0.0.0.0:15443", "--admin-listen", ADMIN]);
         command.arg("--aws-sts-endpoint").arg(format!("http://{}:8081", self.cloud.address()));
         command.arg("--aws-extra-certificates").arg(self.lab.directory().join("aws-certificates.pem"));
@@ -247,10 +289,16 @@ impl World {
 
     /// Every WorkloadAutoRegistration, as `onboardctl workloads -o json` lists them.
     pub fn registrations(&self) -> anyhow::Result<Vec<serde_json::Value>> {
-        let ended = self.onboardctl(&["workloads", "-A", "-o", "json"])?;
-        ensure!(ended.status.success(), "onboardctl workloads: {ended:?}");
-        let list: serde_json::Value = serde_json::from_str(&ended.stdout).context("reading onboardctl's list")?;
-        let items = list.get("items").unwrap_or(&list).as_array().context("onboardctl's list isn't one")?;
+        let text = match &self.mesh {
+            None => {
+                let ended = self.onboardctl(&["workloads", "-A", "-o", "json"])?;
+                ensure!(ended.status.success(), "onboardctl workloads: {ended:?}");
+                ended.stdout
+            }
+            Some(mesh) => mesh.cluster.kubectl(["get", "war", "-A", "-o", "json"])?,
+        };
+        let list: serde_json::Value = serde_json::from_str(&text).context("reading the list of registrations")?;
+        let items = list.get("items").unwrap_or(&list).as_array().context("the list of registrations isn't one")?;
         Ok(items.clone())
     }
 

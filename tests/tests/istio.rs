@@ -1,45 +1,88 @@
 //! The plane in a cluster, VMs in a mesh of Istio: real API server, real istiod, a real gateway as the one way in.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
-use libtest_mimic::{Arguments, Failed, Trial};
-use onboarding_testkit::netns::inside;
-use onboarding_tests::mesh::Mesh;
+use anyhow::ensure;
+use onboarding_tests::scenario::{Scenario, run};
+use onboarding_tests::until::until;
+use onboarding_tests::world::{Setup, World};
 use std::process::ExitCode;
+use std::time::Duration;
+
+const SCENARIOS: &[Scenario] = &[
+    ("vms_join_through_the_gateway_and_call_each_other", join),
+    ("kubectl_shows_who_is_there", kubectl_shows),
+    ("a_war_that_is_deleted_comes_back", deleted_war),
+    ("a_policy_that_is_deleted_ends_what_lived_by_it", withdrawn),
+];
 
 fn main() -> ExitCode {
-    let arguments = Arguments::from_args();
-    let ran = inside(|lab| {
-        let mut arguments = arguments.clone();
-        arguments.test_threads = Some(1);
-        let lab = lab.clone();
-        let trials = vec![Trial::test("the_gateway_passes_what_is_for_istiod", move || {
-            the_gateway_passes_what_is_for_istiod(&lab).map_err(|error| Failed::from(format!("{error:#}")))
-        })];
-        libtest_mimic::run(&arguments, trials).exit_code()
-    });
-    match ran {
-        Ok(code) => code,
-        Err(unavailable) => {
-            println!("{}: {unavailable}", if std::env::var_os("CI").is_none() { "skipped" } else { "failed" });
-            if std::env::var_os("CI").is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-        }
-    }
+    run(Setup { istio: true, ..Setup::default() }, SCENARIOS)
 }
 
-fn the_gateway_passes_what_is_for_istiod(lab: &onboarding_testkit::netns::Lab) -> anyhow::Result<()> {
-    let plane = lab.machine("plane", 2)?;
-    let mesh = Mesh::start(lab, plane.address())?;
-    let subject = plane.check(
-        "sh",
-        [
-            "-c",
-            &format!(
-                "openssl s_client -connect {}:15443 -servername istiod.istio-system.svc </dev/null 2>/dev/null | openssl x509 -noout -ext subjectAltName",
-                mesh.gateway.address()
-            ),
-        ],
-    )?;
-    anyhow::ensure!(subject.contains("istiod.istio-system.svc"), "{subject}\n{}", mesh.gateway_log());
-    println!("{}", mesh.sync_status()?);
+fn join(world: &mut World) -> anyhow::Result<()> {
+    let pair = world.pair()?;
+    for host in ["ratings.bookinfo:8080", "ratings.bookinfo.svc:8080", "ratings.bookinfo.svc.cluster.local:8080"] {
+        let answer = pair.productpage.call(host)?;
+        ensure!(answer.application.starts_with("ratings"), "{host}: {answer:?}");
+    }
+    let proxy = format!("{}.bookinfo", pair.ratings.registration());
+    until("istiod knows the proxy by its registration", Duration::from_secs(10), || {
+        let status = world.mesh()?.sync_status()?;
+        ensure!(status.as_array().is_some_and(|all| all.iter().any(|one| one["proxy"] == proxy.as_str())), "{status}");
+        Ok(())
+    })?;
+    world.keep(pair);
+    Ok(())
+}
+
+fn kubectl_shows(world: &mut World) -> anyhow::Result<()> {
+    let pair = world.pair()?;
+    let name = pair.ratings.registration();
+    let table = world.mesh()?.cluster.kubectl(["get", "war", "-n", "bookinfo"])?;
+    let mut lines = table.lines();
+    let heading: Vec<_> = lines.next().unwrap_or_default().split_whitespace().collect();
+    ensure!(heading == ["NAME", "AGENT", "CONNECTED", "AGE"], "{table}");
+    let line = lines.find(|line| line.starts_with(&name)).unwrap_or_default();
+    ensure!(line.split_whitespace().nth(1) == Some("True"), "{table}");
+    let entry = world.mesh()?.cluster.kubectl(["get", "workloadentry", &name, "-n", "bookinfo", "-o", "yaml"])?;
+    ensure!(
+        entry.contains("serviceAccount: ratings-vm") && entry.contains(&pair.ratings.machine.address().to_string()),
+        "{entry}"
+    );
+    world.keep(pair);
+    Ok(())
+}
+
+fn deleted_war(world: &mut World) -> anyhow::Result<()> {
+    let pair = world.pair()?;
+    let name = pair.ratings.registration();
+    let uid = |world: &World| {
+        world.mesh()?.cluster.kubectl(["get", "war", &name, "-n", "bookinfo", "-o", "jsonpath={.metadata.uid}"])
+    };
+    let before = uid(world)?;
+    world.mesh()?.cluster.kubectl(["delete", "war", &name, "-n", "bookinfo"])?;
+    until("the war is another", Duration::from_secs(20), || {
+        let now = uid(world)?;
+        ensure!(!now.is_empty() && now != before, "{now}");
+        world.connected(&name)
+    })?;
+    pair.wait_reachable()?;
+    world.keep(pair);
+    Ok(())
+}
+
+fn withdrawn(world: &mut World) -> anyhow::Result<()> {
+    let pair = world.pair()?;
+    let name = pair.ratings.registration();
+    let whole = world.manifest("ratings.yaml")?;
+    world.mesh()?.cluster.kubectl(["delete", "op", "--all", "-n", "bookinfo"])?;
+    pair.ratings
+        .agent()?
+        .wait_for_line(Duration::from_secs(10), |line| line.contains("Not authorized by OnboardingPolicy"))?;
+    until("the registration is gone", Duration::from_secs(10), || {
+        ensure!(world.connected(&name).is_err());
+        Ok(())
+    })?;
+    world.write_manifest("ratings.yaml", &whole)?;
     Ok(())
 }

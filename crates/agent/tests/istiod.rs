@@ -169,6 +169,8 @@ impl<'a> Workload<'a> {
                 .into_bytes(),
         )];
         let environment = [
+            // Nobody is asked which cloud this is.
+            ("CLOUD_PLATFORM", "none".to_owned()),
             ("INSTANCE_IP", "{{HOST_IP}}".to_owned()),
             ("POD_NAME", name.to_owned()),
             ("POD_NAMESPACE", "bookinfo".to_owned()),

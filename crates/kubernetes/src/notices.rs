@@ -175,7 +175,7 @@ impl Writer {
             action: Some(ACTION.to_owned()),
             note: Some(due.subject.note.clone()),
             event_time: Some(now.clone()),
-            series: (due.count > 1).then(|| EventSeries { count: due.count, last_observed_time: now }),
+            series: (due.count > 1).then_some(EventSeries { count: due.count, last_observed_time: now }),
             reporting_controller: Some(FIELD_MANAGER.to_owned()),
             reporting_instance: Some(self.replica.clone()),
             ..Event::default()

@@ -19,6 +19,8 @@ pub struct Args {
 pub enum Command {
     /// Runs the plane of one machine: manifests from a directory, registrations in SQLite, a mesh of Envoys.
     Standalone(Box<Standalone>),
+    /// Runs one replica of the plane in a cluster: policies and registrations are objects of its API server, sidecars are Istio's.
+    Kubernetes(Box<Kubernetes>),
     /// Prints completions for a shell.
     Completions { shell: clap_complete::Shell },
 }
@@ -45,6 +47,26 @@ pub struct Standalone {
     /// Life of the sidecars' certificates; they are renewed at half of it.
     #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = duration)]
     pub certificate_life: Duration,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  onboarding-plane kubernetes --replica $HOSTNAME
+  onboarding-plane kubernetes --kubeconfig ~/.kube/config --replica here --listen 127.0.0.1:15443 --audit-log audit.jsonl
+
+The operator runs this as the Deployment onboarding-plane; docs/kubernetes.md says what its account may do.")]
+pub struct Kubernetes {
+    /// Of an administrator or of the plane's account; absent: the account of the pod that this runs in.
+    #[arg(long, value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+    /// Where Istio's control plane is, the ControlPlane and the endpoint's Secret.
+    #[arg(long, value_name = "NAMESPACE", default_value = "istio-system")]
+    pub namespace: String,
+    /// This replica's name, as `kubectl describe war` shows it; no two replicas may have the same.
+    #[arg(long, value_name = "NAME", env = "POD_NAME")]
+    pub replica: String,
+    #[command(flatten)]
+    pub serving: Serving,
 }
 
 /// What every plane has, wherever its configuration comes from.

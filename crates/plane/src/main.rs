@@ -1,6 +1,7 @@
 //! `onboarding-plane`: picks a backend, starts an endpoint on it, waits.
 
 mod args;
+mod kubernetes;
 mod serve;
 mod standalone;
 
@@ -11,6 +12,7 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let ended = match Args::parse().command {
         Command::Standalone(args) => standalone::run(*args),
+        Command::Kubernetes(args) => kubernetes::run(*args),
         Command::Completions { shell } => {
             args::completions(shell);
             Ok(())

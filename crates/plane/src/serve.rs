@@ -23,7 +23,7 @@ const OTHER_FILES: u64 = 128;
 pub struct Opened {
     pub backend: Backend,
     /// The tasks behind it; they end after the stop, and one that ends before has failed.
-    pub tasks: Vec<JoinHandle<()>>,
+    pub tasks: Vec<JoinHandle<anyhow::Result<()>>>,
     pub replica: String,
     /// Where `onboardctl` asks.
     pub admin_socket: Option<PathBuf>,
@@ -72,7 +72,7 @@ async fn serve(
 
     endpoint.wait().await?;
     for task in tasks {
-        task.await.context("a part of the backend failed")?;
+        task.await.context("a part of the backend failed")?.context("a part of the backend failed")?;
     }
     admin.await.context("the admin server failed")?.context("the admin server failed")
 }

@@ -32,6 +32,7 @@ pub fn run(args: Standalone) -> anyhow::Result<()> {
             fleet: Arc::new(Alone { replica: REPLICA.to_owned() }),
             notices: Arc::new(LogOnly),
         };
+        let tasks = tasks.into_iter().map(|task| tokio::spawn(async { Ok(task.await?) })).collect();
         Ok(Opened { backend, tasks, replica: REPLICA.to_owned(), admin_socket, audit_log })
     })
 }

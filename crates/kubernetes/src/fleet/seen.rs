@@ -95,7 +95,7 @@ impl Seen {
         self.heard.is_some_and(|heard| heard.saturating_duration_since(since) >= lease.lasts)
     }
 
-    fn replica<'l>(lease: &'l Observed) -> Option<&'l str> {
+    fn replica(lease: &Observed) -> Option<&str> {
         let named = lease.name.strip_prefix(LEADER)?.strip_prefix('-')?;
         (named == lease.holder).then_some(named)
     }
