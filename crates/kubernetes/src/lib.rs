@@ -54,8 +54,7 @@ pub async fn open(
 ) -> anyhow::Result<Backend> {
     let Options { kubeconfig, namespace, replica } = options;
     let client = connect(kubeconfig).await?;
-    let (source, reading) =
-        source::start(client.clone(), source::Options::new(&namespace), metrics, stop.clone());
+    let (source, reading) = source::start(client.clone(), source::Options::new(&namespace), metrics, stop.clone());
     let (registry, storing) = registry::start(
         client.clone(),
         registry::Options { namespace: namespace.clone() },
@@ -66,13 +65,8 @@ pub async fn open(
     let fleet_options = fleet::Options { namespace: namespace.clone(), replica: replica.clone() };
     let (fleet, keeping) = fleet::start(client.clone(), fleet_options, metrics, stop.clone());
     let (notices, telling) = notices::start(client.clone(), source.cluster(), replica, metrics, stop.clone());
-    let judging = policies::start(
-        client.clone(),
-        &source,
-        registry.clone(),
-        backend::Fleet::leads(fleet.as_ref()),
-        stop.clone(),
-    );
+    let judging =
+        policies::start(client.clone(), &source, registry.clone(), backend::Fleet::leads(fleet.as_ref()), stop.clone());
     let tokens = istio::Tokens::new(client.clone(), istio::TokenOptions::default(), metrics, stop);
     let known: Arc<dyn Registry> = registry.clone();
     let provisioner = istio::IstioProvisioner::new(source.inputs(), known, tokens, metrics);
