@@ -6,7 +6,7 @@ use onboarding_kinds::{agent, identity, manifest};
 
 mod corpus;
 
-use corpus::{Block, blocks, corpus};
+use corpus::{Block, blocks, cases, corpus};
 
 const CORPUS: &str = "tests/corpus";
 
@@ -80,4 +80,11 @@ fn registrations() {
 #[test]
 fn identities() {
     check("identity", |text| identity::read_identity_file("F", text).err().unwrap_or_default());
+}
+
+#[test]
+fn values() {
+    let wrong = cases().into_iter().filter(|case| manifests(&case.document).is_empty() != case.good);
+    let wrong: Vec<_> = wrong.map(|case| format!("{}: {:?}", case.rule, case.value)).collect();
+    assert!(wrong.is_empty(), "judged otherwise:\n{}", wrong.join("\n"));
 }

@@ -53,9 +53,9 @@ fn onboarding() -> Schema {
     let expiration = Schema::text("How long an onboarding token lives; 1h where it is absent.", &POSITIVE_DURATION);
     let issuers = Schema::list_by("Whose tokens prove a host.", "issuer", issuer(), MOST_ISSUERS).refuses(
         "self.all(a, self.exists_one(b, a.shortName == b.shortName))",
-        Says::Words("is the short name of another issuer too"),
+        Says::Words("two issuers have the same short name"),
         None,
-        "FieldValueDuplicate",
+        "FieldValueInvalid",
     );
     let delay = Schema::text("How long a sidecar serves on after its goodbye; 10s where it is absent.", &DURATION);
     let workloads = Schema::object(

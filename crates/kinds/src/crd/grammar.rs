@@ -42,7 +42,7 @@ pub(super) const MANY_DIGITS: Grammar = Grammar { longest: 64, patterns: &["^[0-
 
 /// Facts of a war: whatever was attested, as long as it is something.
 pub(super) const FACT: Grammar =
-    Grammar { longest: 4096, patterns: &[], refusals: &[Refusal { holds: "self != ''", says: "must not be empty" }] };
+    Grammar { longest: 16384, patterns: &[], refusals: &[Refusal { holds: "self != ''", says: "must not be empty" }] };
 
 pub(super) const RESOURCE_NAME: Grammar = Grammar {
     longest: 253,
@@ -84,11 +84,25 @@ pub(super) const LABEL_VALUE: Grammar = Grammar {
 pub(super) const LABEL_VALUES: Grammar = Grammar { longest: 63, patterns: &[label_value!()], refusals: &[] };
 
 pub(super) const LABEL_KEY: Grammar = Grammar { longest: 317, patterns: &[label_key!()], refusals: &[PLACEHOLDER] };
+macro_rules! not_a_label_key {
+    () => {
+        "is not a label key ([PREFIX/]NAME, where NAME is at most 63 letters, digits, '-', '_' and '.', and PREFIX a DNS name)"
+    };
+}
+
 /// Of a mapping's keys.
 pub(super) const LABEL_KEYS: Refusal = Refusal {
     holds: concat!("self.all(key, key.matches('", label_key!(), "'))"),
-    says: "has a key that is not a label key ([PREFIX/]NAME, where NAME is at most 63 letters, digits, '-', '_' and '.', and PREFIX a DNS name)",
+    says: concat!("has a key that ", not_a_label_key!()),
 };
+/// Which of them, in CEL.
+pub(super) const FIRST_WRONG_KEY: &str = concat!(
+    "'has a key that ' + \"",
+    not_a_label_key!(),
+    ": \" + self.filter(key, !key.matches('",
+    label_key!(),
+    "'))[0]"
+);
 
 /// An IP address as Rust reads it: `isIP` refuses IPv4 in IPv6, which begins with `::`; with a 1 before it, it is another address.
 macro_rules! is_ip {
@@ -97,14 +111,12 @@ macro_rules! is_ip {
     };
 }
 
-macro_rules! is_host_name {
-    ($text:literal) => {
+/// Labels of at most 63 letters, digits and hyphens, of which the last isn't a number.
+macro_rules! self_is_host_name {
+    () => {
         concat!(
-            "(",
-            $text,
-            ".matches('^([0-9A-Za-z]([-0-9A-Za-z]{0,61}[0-9A-Za-z])?\\\\.)*[0-9A-Za-z]([-0-9A-Za-z]{0,61}[0-9A-Za-z])?$') && !",
-            $text,
-            ".matches('(^|\\\\.)[0-9]+$'))"
+            "self.matches('(?i)^([0-9a-z]([-0-9a-z]{0,61}[0-9a-z])?[.])*[0-9a-z]([-0-9a-z]{0,61}[0-9a-z])?$') && ",
+            "!self.matches('(^|[.])[0-9]+$')"
         )
     };
 }
@@ -129,7 +141,7 @@ pub(super) const HOST: Grammar = Grammar {
             says: "must be a host name or an IP address without a port",
         },
         Refusal {
-            holds: concat!("(", is_ip!("self"), " || ", is_host_name!("self"), ")"),
+            holds: concat!("(", is_ip!("self"), " || ", self_is_host_name!(), ")"),
             says: "must be a host name or an IP address",
         },
     ],
@@ -154,7 +166,7 @@ const NO_USER: Refusal =
 const URL_HOST: Refusal = Refusal {
     holds: concat!(
         // A host name (or four numbers), or an IPv6 address in brackets.
-        "self.matches('(?i)^https://([0-9a-z]+((-+|[.])[0-9a-z]+)*|\\\\[[0-9a-f:.]+\\\\])([:/?]|$)') && ",
+        "self.matches('(?i)^https://([0-9a-z]+((-+|[.])[0-9a-z]+)*|\\\\[[0-9a-f.]*:[0-9a-f:.]+\\\\])([:/?]|$)') && ",
         "(!self.startsWith('https://[') || ",
         is_ip!("self.substring(9, self.indexOf(']'))"),
         ") && ",

@@ -3,14 +3,17 @@
 //! `deploy/crds/*.yaml` are these, printed (`cargo run -p onboarding-kinds --example crds`); a test compares them.
 //! Needs Kubernetes 1.31 or later.
 //!
-//! What an API server can't be told, or says in other words:
+//! What an API server can't be told, or says in other words (the corpus of the tests has each of its answers):
 //! - **Unknown fields** are refused by strict field validation, which kubectl asks for unless it is told otherwise
-//!   (`--validate=ignore`); without it the API server drops them.
-//! - **A key without a value** (null) is an absent field to lint and of the wrong type to an API server, also where the field is optional.
+//!   (`--validate=ignore`); without it the API server drops them. Other faults are then told only after these, and most only after those of
+//!   missing fields and wrong types.
+//! - **A key that occurs twice, merge keys, tags**: kubectl reads YAML before anybody is asked, and takes them without a word.
+//! - **A key without a value** (null) is an absent field to lint, and of the wrong type to an API server.
 //! - **The content of a JWKS, the whole grammar of a JSONPath**: only what is plainly wrong.
-//! - **Items of lists deep in a policy** (attribute values, subjects, values of label expressions, `gcp`, `azure`) are held to a pattern,
-//!   whose message is the pattern: rules on so many possible items would cost more than an API server allows. The limits on how many items
-//!   there may be come from there too.
+//! - **Items of lists deep in a policy** (subjects, attribute values, values of label expressions, `gcp`, `azure`) are held to a pattern,
+//!   which is then the message too: an API server estimates what rules may cost before it takes them, from how many items there may be.
+//!   How many there may be (32 rules, 16 matchers each, 256 accounts, 1024 subjects, 100 of most others) follows from that;
+//!   lint has no such limits. More rules are more policies.
 //! - **What is wrong between objects.**
 //!
 //! The plane reads what comes from an API server as lint does, so what passes here and not there admits nobody.

@@ -4,7 +4,8 @@
 //! and hence `Schema::pattern` where the items of a list in a list in a list are checked.
 
 use super::grammar::{
-    ASCII, AWS_ACCOUNT, ISSUER, LABEL_KEY, LABEL_KEYS, LABEL_VALUE, LABEL_VALUES, MANY_DIGITS, NAME, ONE_OF_MANY,
+    ASCII, AWS_ACCOUNT, FIRST_WRONG_KEY, ISSUER, LABEL_KEY, LABEL_KEYS, LABEL_VALUE, LABEL_VALUES, MANY_DIGITS, NAME,
+    ONE_OF_MANY,
 };
 use super::schema::{Grammar, Says, Schema};
 use super::{conditions, observed_generation, root};
@@ -133,7 +134,7 @@ fn azure() -> Schema {
 fn target() -> Schema {
     let labels = Schema::map("All of them must be there.", Schema::text("", &LABEL_VALUE), MOST_LABELS).refuses(
         LABEL_KEYS.holds,
-        Says::Words(LABEL_KEYS.says),
+        Says::Expression { first: FIRST_WRONG_KEY, otherwise: LABEL_KEYS.says },
         None,
         "FieldValueInvalid",
     );

@@ -2,6 +2,10 @@
 //! lines, `#` says which rule that breaks) and lists the faults that come of it: `!` what lint says, without the file's name, all
 //! of it and in this order; `@` what an API server says (`FIELD: MESSAGE`, or `accepts: WHY NOT`), for the kinds that have a CRD.
 
+//!
+//! `values` has single values, each for one place of a good document (`@` says which; `$` is where it comes, in quotes): `=` those that
+//! are taken and `!` those that are refused, by lint and by an API server alike. A space at an end of a value is written `␣`.
+
 use std::path::PathBuf;
 
 pub fn corpus(name: &str) -> String {
@@ -36,4 +40,43 @@ pub fn blocks(text: &str) -> Vec<Block> {
         parsed
     };
     text.split("\n\n").filter(|block| !block.trim().is_empty()).map(parse).collect()
+}
+
+/// One value in its place.
+pub struct Case {
+    pub rule: String,
+    pub value: String,
+    pub document: String,
+    pub good: bool,
+}
+
+pub fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for block in corpus("values").split("\n\n") {
+        let (mut rule, mut kind, mut from, mut to) = (String::new(), String::new(), String::new(), String::new());
+        for line in block.lines() {
+            let (mark, rest) = line.split_at(1);
+            let rest = rest.strip_prefix(' ').filter(|_| !matches!(mark, "-" | "+")).unwrap_or(rest);
+            match mark {
+                "#" => rule = rest.to_owned(),
+                "@" => kind = rest.to_owned(),
+                "-" => from = format!("{rest}\n"),
+                "+" => to = format!("{rest}\n"),
+                "=" | "!" => {
+                    let good = corpus(&format!("{kind}.yaml"));
+                    assert!(good.contains(&from), "{rule}: {from:?} isn't in {kind}.yaml");
+                    let value = rest.replace('␣', " ");
+                    let quoted = format!("'{}'", value.replace('\'', "''"));
+                    cases.push(Case {
+                        rule: format!("{kind}, {rule}"),
+                        value,
+                        document: good.replacen(&from, &to.replacen('$', &quoted, 1), 1),
+                        good: mark == "=",
+                    });
+                }
+                _ => panic!("a line that is none of #, @, -, +, =, !: {line}"),
+            }
+        }
+    }
+    cases
 }
