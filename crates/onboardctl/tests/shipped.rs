@@ -52,7 +52,11 @@ fn every_identity_is_decided_upon() {
         ("ecs.yaml", &["narrow", "wide"], Err(&["an ECS task", "\"ca-central-1\", wanted \"us-east-2\""])),
         ("jwt.yaml", &["narrow", "jwt"], Ok(JWT)),
         ("gcp.yaml", &["wide", "jwt"], Err(&["is \"gcp\", wanted an AWS", "is \"gcp\", wanted an identity by JWT"])),
-        ("azure.yaml", &["wide", "jwt"], Err(&["is \"azure\", wanted an AWS", "is \"azure\", wanted an identity by JWT"])),
+        (
+            "azure.yaml",
+            &["wide", "jwt"],
+            Err(&["is \"azure\", wanted an AWS", "is \"azure\", wanted an identity by JWT"]),
+        ),
     ];
     for (identity, policies, wanted) in some {
         let ended = explain(identity, policies);
