@@ -1,11 +1,11 @@
 //! Who is there, and who leads: Leases of `coordination.k8s.io` in the plane's namespace.
 //!
 //! Each replica keeps `onboarding-plane-<replica>`, and one of them holds `onboarding-plane`. Nobody's clock is compared with another's:
-//! a Lease has run out when this replica, by its own monotonic clock, has seen no change of it for as long as it lasts (`times`, in [`Seen`]).
+//! a Lease has run out when this replica, by its own monotonic clock, has seen no change of it for as long as it lasts (`times`, in `Seen`).
 //! While this replica doesn't hear from the API server it sees no changes, and nobody could make any: that time doesn't count, so that an outage of
 //! the API server makes nobody seem gone.
 //!
-//! The leader gives up leading [`LEADS_FOR`] after the last renewal that it *began* and that succeeded; others wait for [`LASTS`] from when
+//! The leader gives up leading `LEADS_FOR` after the last renewal that it *began* and that succeeded; others wait for `LASTS` from when
 //! they saw it, which was later. What the leader writes is conditional all the same: a process that was stopped by its machine and goes on
 //! doesn't know the time at once.
 //!
@@ -69,7 +69,7 @@ pub struct LeaseFleet {
     leader: watch::Sender<()>,
 }
 
-/// Starts it; the task ends after `stop`, when the Leases are released (or that wasn't possible within [`TRY`]).
+/// Starts it; the task ends after `stop`, when the Leases are released (or that wasn't possible within `TRY`).
 pub fn start(
     client: Client,
     options: Options,

@@ -1,7 +1,7 @@
 //! What the plane reads of a cluster, as one snapshot.
 //!
-//! Each kind of object is listed and watched ([`follow`]), read as lint reads it ([`objects`]), and put together (`assemble`, which is
-//! pure). A change is in the snapshot after [`QUIET`] of silence, at the latest after [`PATIENCE`].
+//! Each kind of object is listed and watched (`follow`), read as lint reads it (`objects`), and put together (`assemble`, which is
+//! pure). A change is in the snapshot after `QUIET` of silence, at the latest after `PATIENCE`.
 //!
 //! # What isn't known now
 //! - **An object with faults** counts as absent for authorization at once, and suspends (`policy_unreadable`): the API server may hold
