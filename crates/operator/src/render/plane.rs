@@ -1,0 +1,64 @@
+//! The endpoint.
+
+use super::pod::Pod;
+use super::{ADMIN_PORT, ENDPOINT_PORT, Objects, PLANE, from_cluster};
+use serde_json::{Value, json};
+
+/// All agents come from the addresses of a few gateways: a limit for each address would be one for all of them.
+const AUTHORIZATIONS_PER_SECOND: u32 = 2000;
+const CONNECTIONS_PER_ADDRESS: u32 = 100_000;
+/// The plane tells its agents to go elsewhere, and waits for them.
+const GRACE_PERIOD: u32 = 60;
+
+pub(super) fn render(all: &Objects<'_>) -> Vec<Value> {
+    let service = json!({"spec": {
+        "selector": all.selector(PLANE),
+        "ports": [{
+            "name": "tls-onboarding", "port": ENDPOINT_PORT, "targetPort": ENDPOINT_PORT, "protocol": "TCP",
+            "appProtocol": "tls",
+        }],
+    }});
+    // Egress isn't limited: issuers of JWTs, STS and the API server are anywhere.
+    let ingress = json!([all.from_gateway(ENDPOINT_PORT), from_cluster(&[ADMIN_PORT])]);
+    vec![
+        all.object(PLANE, "v1", "Service", PLANE, service),
+        all.network_policy(PLANE, ingress, None),
+        deployment(all),
+        all.disruption_budget(PLANE),
+        all.autoscaler(PLANE),
+    ]
+}
+
+fn deployment(all: &Objects<'_>) -> Value {
+    let field = |name: &str, path: &str| json!({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}});
+    let container = json!({
+        "name": PLANE,
+        "image": all.settings.plane_image,
+        "args": [
+            "kubernetes",
+            "--namespace", "$(POD_NAMESPACE)",
+            "--replica", "$(POD_NAME)",
+            "--listen", format!("0.0.0.0:{ENDPOINT_PORT}"),
+            "--admin-listen", format!("0.0.0.0:{ADMIN_PORT}"),
+            "--audit-log", "-",
+            "--log-format", "json",
+            "--authorizations-per-second", AUTHORIZATIONS_PER_SECOND.to_string(),
+            "--connections-per-address", CONNECTIONS_PER_ADDRESS.to_string(),
+        ],
+        "env": [field("POD_NAMESPACE", "metadata.namespace"), field("POD_NAME", "metadata.name")],
+        "ports": [
+            {"name": "tls-onboarding", "containerPort": ENDPOINT_PORT, "protocol": "TCP"},
+            {"name": "http-admin", "containerPort": ADMIN_PORT, "protocol": "TCP"},
+        ],
+        "resources": {"requests": {"cpu": "100m", "memory": "128Mi"}, "limits": {"memory": "1Gi"}},
+    });
+    all.our_deployment(Pod {
+        name: PLANE,
+        labels: Vec::new(),
+        annotations: Value::Null,
+        container,
+        volumes: Vec::new(),
+        needs_token: true,
+        grace_period: GRACE_PERIOD,
+    })
+}

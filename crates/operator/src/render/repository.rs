@@ -1,0 +1,57 @@
+//! The server of DEB and RPM packages. It asks nothing of the API server: its account has no permissions and its pod no token.
+
+use super::pod::Pod;
+use super::{ADMIN_PORT, HTTPS_PORT, HTTPS_TARGET_PORT, Objects, REPOSITORY, from_cluster};
+use serde_json::{Value, json};
+
+const CERTIFICATE_DIRECTORY: &str = "/etc/onboarding-repository/tls";
+const GRACE_PERIOD: u32 = 60;
+
+pub(super) fn render(all: &Objects<'_>) -> Vec<Value> {
+    let service = json!({"spec": {
+        "selector": all.selector(REPOSITORY),
+        "ports": [{
+            "name": "tls-repository", "port": HTTPS_PORT, "targetPort": HTTPS_TARGET_PORT, "protocol": "TCP",
+            "appProtocol": "tls",
+        }],
+    }});
+    let ingress = json!([all.from_gateway(HTTPS_TARGET_PORT), from_cluster(&[ADMIN_PORT])]);
+    vec![
+        all.service_account(REPOSITORY),
+        all.object(REPOSITORY, "v1", "Service", REPOSITORY, service),
+        all.network_policy(REPOSITORY, ingress, Some(json!([]))),
+        deployment(all),
+        all.disruption_budget(REPOSITORY),
+        all.autoscaler(REPOSITORY),
+    ]
+}
+
+fn deployment(all: &Objects<'_>) -> Value {
+    let container = json!({
+        "name": REPOSITORY,
+        "image": all.settings.repository_image,
+        "args": [
+            "--listen", format!("0.0.0.0:{HTTPS_TARGET_PORT}"),
+            "--admin-listen", format!("0.0.0.0:{ADMIN_PORT}"),
+            "--certificate-directory", CERTIFICATE_DIRECTORY,
+            "--log-format", "json",
+        ],
+        "ports": [
+            {"name": "tls-repository", "containerPort": HTTPS_TARGET_PORT, "protocol": "TCP"},
+            {"name": "http-admin", "containerPort": ADMIN_PORT, "protocol": "TCP"},
+        ],
+        "resources": {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"memory": "256Mi"}},
+        "volumeMounts": [{"name": "certificate", "mountPath": CERTIFICATE_DIRECTORY, "readOnly": true}],
+    });
+    // The kubelet replaces the files when the Secret changes.
+    let secret = json!({"secretName": all.enabled.onboarding.secret_name, "defaultMode": 0o440});
+    all.our_deployment(Pod {
+        name: REPOSITORY,
+        labels: Vec::new(),
+        annotations: Value::Null,
+        container,
+        volumes: vec![json!({"name": "certificate", "secret": secret})],
+        needs_token: false,
+        grace_period: GRACE_PERIOD,
+    })
+}

@@ -1,0 +1,35 @@
+{{- define "onboarding.name" -}}
+onboarding-operator
+{{- end }}
+
+{{- /* Of the whole cluster: several releases may be in it. */ -}}
+{{- define "onboarding.clusterName" -}}
+onboarding-operator-{{ .Values.controlPlaneNamespace }}
+{{- end }}
+
+{{- define "onboarding.selector" -}}
+app.kubernetes.io/name: onboarding-operator
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "onboarding.labels" -}}
+{{ include "onboarding.selector" . }}
+app.kubernetes.io/component: operator
+app.kubernetes.io/part-of: workload-onboarding
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- end }}
+
+{{- /* Not `kubeVersion` of Chart.yaml: an API server that was built without its version (0.0.0) can't be judged, and isn't refused. */ -}}
+{{- define "onboarding.validate" -}}
+{{- $version := .Capabilities.KubeVersion.Version }}
+{{- if not (hasPrefix "v0.0.0-" $version) }}
+{{- if semverCompare "<1.31.0-0" $version }}
+{{- fail (printf "Kubernetes 1.31 or later is needed, for the rules in the CustomResourceDefinitions; this is %s" $version) }}
+{{- end }}
+{{- end }}
+{{- if gt (int .Values.replicas.min) (int .Values.replicas.max) }}
+{{- fail (printf "replicas.min (%d) is more than replicas.max (%d)" (int .Values.replicas.min) (int .Values.replicas.max)) }}
+{{- end }}
+{{- end }}
