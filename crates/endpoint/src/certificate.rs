@@ -19,7 +19,7 @@ const CERTIFICATE: &str = "certificate";
 
 /// The certificate of the newest Secret that could be used.
 #[derive(Debug)]
-pub(crate) struct Certificates {
+pub struct Certificates {
     current: ArcSwapOption<CertifiedKey>,
     /// What is wrong with a newer one.
     fault: ArcSwapOption<String>,
@@ -33,17 +33,18 @@ impl ResolvesServerCert for Certificates {
 }
 
 impl Certificates {
-    pub(crate) fn new(expiry: Gauge) -> Self {
+    /// `expiry`: where the end of the one in use is shown, in seconds since 1970.
+    pub fn new(expiry: Gauge) -> Self {
         Self { current: ArcSwapOption::empty(), fault: ArcSwapOption::empty(), expiry }
     }
 
     /// Why the certificate in use is not the configured one.
-    pub(crate) fn fault(&self) -> Option<String> {
+    pub fn fault(&self) -> Option<String> {
         self.fault.load().as_deref().cloned()
     }
 
     /// Follows the configuration until `stop`. A certificate that can't be used changes nothing but the readiness.
-    pub(crate) async fn follow(&self, config: &dyn ConfigSource, readiness: &Readiness, stop: &CancellationToken) {
+    pub async fn follow(&self, config: &dyn ConfigSource, readiness: &Readiness, stop: &CancellationToken) {
         let mut snapshots = config.watch();
         let mut last = None;
         loop {
@@ -61,7 +62,7 @@ impl Certificates {
     }
 
     /// Also called once before the listener opens, so that the first connection finds a certificate.
-    pub(crate) fn take(&self, snapshot: &Snapshot, readiness: &Readiness) {
+    pub fn take(&self, snapshot: &Snapshot, readiness: &Readiness) {
         let hosts = snapshot.plane.as_ref().map(|plane| plane.hosts.as_slice()).unwrap_or_default();
         let fault = match snapshot.tls.as_deref().map(|material| Certificate::read(material, hosts)) {
             Some(Ok(certificate)) => {
@@ -143,14 +144,18 @@ fn certified_key(material: &TlsMaterial) -> anyhow::Result<CertifiedKey> {
 }
 
 /// TLS 1.2 or later. Nothing is resumed: each connection begins with the certificate of its time.
-pub(crate) fn acceptor(certificates: Arc<Certificates>) -> anyhow::Result<TlsAcceptor> {
+/// `protocols`: of ALPN, the preferred one first.
+///
+/// # Errors
+/// The crypto library knows no such TLS.
+pub fn acceptor(certificates: Arc<Certificates>, protocols: &[&str]) -> anyhow::Result<TlsAcceptor> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let mut config = rustls::ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])
         .context("TLS can't be set up")?
         .with_no_client_auth()
         .with_cert_resolver(certificates);
-    config.alpn_protocols = vec![b"h2".to_vec()];
+    config.alpn_protocols = protocols.iter().map(|name| name.as_bytes().to_vec()).collect();
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     Ok(TlsAcceptor::from(Arc::new(config)))

@@ -7,7 +7,7 @@ pub mod audit;
 mod authority;
 mod authorization;
 pub mod backend;
-mod certificate;
+pub mod certificate;
 mod connection;
 mod lease;
 mod lifecycle;
@@ -113,7 +113,7 @@ pub async fn start(
 
     let certificates = Arc::new(Certificates::new(metrics.certificate_expiry.clone()));
     certificates.take(&backend.config.watch().borrow().clone(), &readiness);
-    let tls = certificate::acceptor(certificates.clone())?;
+    let tls = certificate::acceptor(certificates.clone(), &["h2"])?;
     let tcp = TcpListener::bind(listen).await.with_context(|| format!("listening on {listen}"))?;
     let address = tcp.local_addr().context("the listener's address")?;
 
