@@ -47,6 +47,12 @@ pub struct Standalone {
     /// Life of the sidecars' certificates; they are renewed at half of it.
     #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = duration)]
     pub certificate_life: Duration,
+    /// DEB and RPM packages, served while the ControlPlane has `localRepository`; absent: `packages` in the data directory.
+    #[arg(long, value_name = "DIR")]
+    pub packages: Option<PathBuf>,
+    /// Where packages are served, over HTTPS with the endpoint's certificate.
+    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:443")]
+    pub repository_listen: SocketAddr,
 }
 
 #[derive(Debug, clap::Args)]

@@ -11,6 +11,6 @@ pub fn run(args: Kubernetes) -> anyhow::Result<()> {
         let options = onboarding_kubernetes::Options { kubeconfig, namespace, replica: replica.clone() };
         let onboarding_kubernetes::Backend { backend, tasks } =
             onboarding_kubernetes::open(options, metrics, stop.clone()).await?;
-        Ok(Opened { backend, tasks, replica, admin_socket: None, audit_log: "-".into() })
+        Ok(Opened { backend, tasks, replica, admin_socket: None, audit_log: "-".into(), repository: None })
     })
 }

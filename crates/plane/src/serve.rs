@@ -29,6 +29,8 @@ pub struct Opened {
     pub admin_socket: Option<PathBuf>,
     /// Where decisions are written if nothing else is said.
     pub audit_log: PathBuf,
+    /// Packages that are served here while the ControlPlane says so; absent: another program does that.
+    pub repository: Option<onboarding_repository::Options>,
 }
 
 /// Runs until SIGTERM or SIGINT. `open`: the backend.
@@ -54,7 +56,9 @@ async fn serve(
     let attestors = Arc::new(Attestors::new(attestor_options(serving)?)?);
     let readiness = Readiness::default();
     let mut metrics = Registry::default();
-    let Opened { backend, tasks, replica, admin_socket, audit_log } = open(&mut metrics, stop.clone()).await?;
+    let Opened { backend, mut tasks, replica, admin_socket, audit_log, repository } =
+        open(&mut metrics, stop.clone()).await?;
+    let config = backend.config.clone();
     let options = onboarding_endpoint::Options {
         listen: serving.listen,
         admin_socket,
@@ -65,6 +69,16 @@ async fn serve(
     };
     let endpoint =
         onboarding_endpoint::start(options, backend, attestors, &mut metrics, readiness.clone(), stop.clone()).await?;
+    tasks.extend(repository.map(|options| {
+        let metrics = onboarding_repository::Metrics::register(&mut metrics);
+        let (readiness, stop) = (readiness.clone(), stop.clone());
+        tokio::spawn(async move {
+            let ended =
+                onboarding_repository::serve_while_enabled(options, config, metrics, readiness, stop.clone()).await;
+            stop.cancel();
+            ended
+        })
+    }));
     let (address, admin) = admin::serve(serving.admin_listen, Arc::new(metrics), readiness, stop.clone())
         .await
         .with_context(|| format!("opening the admin address {}", serving.admin_listen))?;
