@@ -198,7 +198,7 @@ impl Objects<'_> {
     }
 
     /// To this port from the gateway; from anywhere where the gateway is somebody else's.
-    fn from_gateway(&self, port: u16) -> Value {
+    fn ingress_of_gateway(&self, port: u16) -> Value {
         let mut rule = json!({"ports": [{"port": port, "protocol": "TCP"}]});
         if self.has_gateway() {
             rule["from"] = json!([{"podSelector": {"matchLabels": self.selector(GATEWAY)}}]);
@@ -225,7 +225,7 @@ impl Objects<'_> {
 }
 
 /// Metrics and readiness, for whoever scrapes them in the cluster.
-fn from_cluster(ports: &[u16]) -> Value {
+fn ingress_of_cluster(ports: &[u16]) -> Value {
     let ports: Vec<Value> = ports.iter().map(|port| json!({"port": port, "protocol": "TCP"})).collect();
     json!({"from": [{"namespaceSelector": {}}], "ports": ports})
 }

@@ -78,10 +78,12 @@ pub fn status(present: &Value, generation: i64, conditions: &[Condition], now: T
     if same && (wanted.is_empty() || present["observedGeneration"] == generation) {
         return None;
     }
-    Some(match wanted.is_empty() {
-        true => json!({}),
-        false => json!({"observedGeneration": generation, "conditions": wanted}),
-    })
+    // Also without conditions there is something in it: of an empty one an API server makes null, and refuses that.
+    let mut status = json!({"observedGeneration": generation});
+    if !wanted.is_empty() {
+        status["conditions"] = wanted.into();
+    }
+    Some(status)
 }
 
 fn shortened(message: &str) -> String {
@@ -137,6 +139,6 @@ mod tests {
         assert_eq!(status(&others, 1, &[], at(0)), None);
         let mixed =
             json!({"conditions": [{"type": "Installed", "status": "True"}, {"type": "Ready", "status": "True"}]});
-        assert_eq!(status(&mixed, 1, &[], at(0)), Some(json!({})));
+        assert_eq!(status(&mixed, 1, &[], at(0)), Some(json!({"observedGeneration": 1})));
     }
 }

@@ -6,7 +6,7 @@
 
 use super::pod::Pod;
 use super::{
-    ADMIN_PORT, ENDPOINT_PORT, GATEWAY, HTTPS_PORT, HTTPS_TARGET_PORT, Objects, PLANE, REPOSITORY, from_cluster,
+    ADMIN_PORT, ENDPOINT_PORT, GATEWAY, HTTPS_PORT, HTTPS_TARGET_PORT, Objects, PLANE, REPOSITORY, ingress_of_cluster,
 };
 use serde_json::{Value, json};
 use std::net::IpAddr;
@@ -73,7 +73,7 @@ fn network_policy(all: &Objects<'_>) -> Value {
         ports.push(json!({"port": HTTPS_TARGET_PORT, "protocol": "TCP"}));
     }
     // Egress isn't limited: in a network of its own, any pod is behind it.
-    let ingress = json!([{"ports": ports}, from_cluster(&[ADMIN_PORT, METRICS_PORT])]);
+    let ingress = json!([{"ports": ports}, ingress_of_cluster(&[ADMIN_PORT, METRICS_PORT])]);
     all.network_policy(GATEWAY, ingress, None)
 }
 

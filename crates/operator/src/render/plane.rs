@@ -1,7 +1,7 @@
 //! The endpoint.
 
 use super::pod::Pod;
-use super::{ADMIN_PORT, ENDPOINT_PORT, Objects, PLANE, from_cluster};
+use super::{ADMIN_PORT, ENDPOINT_PORT, Objects, PLANE, ingress_of_cluster};
 use serde_json::{Value, json};
 
 /// All agents come from the addresses of a few gateways: a limit for each address would be one for all of them.
@@ -19,7 +19,7 @@ pub(super) fn render(all: &Objects<'_>) -> Vec<Value> {
         }],
     }});
     // Egress isn't limited: issuers of JWTs, STS and the API server are anywhere.
-    let ingress = json!([all.from_gateway(ENDPOINT_PORT), from_cluster(&[ADMIN_PORT])]);
+    let ingress = json!([all.ingress_of_gateway(ENDPOINT_PORT), ingress_of_cluster(&[ADMIN_PORT])]);
     vec![
         all.object(PLANE, "v1", "Service", PLANE, service),
         all.network_policy(PLANE, ingress, None),

@@ -1,7 +1,7 @@
 //! The server of DEB and RPM packages. It asks nothing of the API server: its account has no permissions and its pod no token.
 
 use super::pod::Pod;
-use super::{ADMIN_PORT, HTTPS_PORT, HTTPS_TARGET_PORT, Objects, REPOSITORY, from_cluster};
+use super::{ADMIN_PORT, HTTPS_PORT, HTTPS_TARGET_PORT, Objects, REPOSITORY, ingress_of_cluster};
 use serde_json::{Value, json};
 
 const CERTIFICATE_DIRECTORY: &str = "/etc/onboarding-repository/tls";
@@ -15,7 +15,7 @@ pub(super) fn render(all: &Objects<'_>) -> Vec<Value> {
             "appProtocol": "tls",
         }],
     }});
-    let ingress = json!([all.from_gateway(HTTPS_TARGET_PORT), from_cluster(&[ADMIN_PORT])]);
+    let ingress = json!([all.ingress_of_gateway(HTTPS_TARGET_PORT), ingress_of_cluster(&[ADMIN_PORT])]);
     vec![
         all.service_account(REPOSITORY),
         all.object(REPOSITORY, "v1", "Service", REPOSITORY, service),
