@@ -24,7 +24,7 @@ const UPKEEP_AT_ONCE: usize = 8;
 /// One try.
 const TRY: Duration = Duration::from_secs(5);
 /// All tries of one request that an agent waits for.
-const JOIN_WITHIN: Duration = Duration::from_secs(8);
+const JOIN_WITHIN: Duration = Duration::from_secs(10);
 const UPKEEP_WITHIN: Duration = Duration::from_secs(20);
 const FIRST_DELAY: Duration = Duration::from_millis(50);
 const LONGEST_DELAY: Duration = Duration::from_secs(2);

@@ -7,7 +7,7 @@ use futures_util::stream::{self, BoxStream, StreamExt};
 use onboarding_core::name::RegistrationName;
 use onboarding_core::registration::State;
 use onboarding_endpoint::backend::Stored;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 
@@ -114,7 +114,18 @@ pub(crate) enum View {
 }
 
 impl Record {
+    /// What a decision may be made on.
     pub(crate) fn view(&self) -> View {
+        self.read(|war| self.verified.as_ref() == Some(&war.uid))
+    }
+
+    /// The same, also of a war that another replica made and that nobody here has checked yet: enough for upkeep, as what comes of
+    /// it is checked before an agent gets anything by it.
+    pub(crate) fn seems(&self) -> View {
+        self.read(|_| true)
+    }
+
+    fn read(&self, is_verified: impl FnOnce(&War) -> bool) -> View {
         if self.suspect || self.lost.is_some() {
             return View::Look;
         }
@@ -134,7 +145,7 @@ impl Record {
                 Some(memory) if memory.content.war == war.uid => remembered(memory),
                 _ => View::Look,
             },
-            Meaning::Live(live) if self.verified.as_ref() == Some(&war.uid) && self.follows(live) => {
+            Meaning::Live(live) if is_verified(war) && self.follows(live) => {
                 known(State::Live(Box::new(live.live.clone())))
             }
             Meaning::Live(_) => View::Look,
@@ -181,6 +192,8 @@ pub(crate) struct Cache {
     pub changes: Arc<Names>,
     /// What the reconciler has to look at.
     pub work: Arc<Names>,
+    /// The same, but another replica may be at it already.
+    pub heard: Arc<Names>,
 }
 
 impl Cache {
@@ -189,6 +202,9 @@ impl Cache {
     }
     pub(crate) fn view(&self, name: &RegistrationName) -> View {
         self.lock().get(name).map_or_else(|| Record::default().view(), Record::view)
+    }
+    pub(crate) fn seems(&self, name: &RegistrationName) -> View {
+        self.lock().get(name).map_or_else(|| Record::default().seems(), Record::seems)
     }
     pub(crate) fn edit<R>(&self, name: &RegistrationName, edit: impl FnOnce(&mut Record) -> R) -> R {
         let mut records = self.lock();
@@ -206,28 +222,39 @@ impl Cache {
     /// Somebody else wrote or deleted.
     pub(crate) fn changed(&self, name: &RegistrationName) {
         self.changes.add(name.clone());
-        self.work.add(name.clone());
+        self.heard.add(name.clone());
     }
     fn lock(&self) -> MutexGuard<'_, HashMap<RegistrationName, Record>> {
         self.records.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Names that wait for one listener; each at most once.
+/// Names that wait for one listener; each at most once, first come, first served.
 #[derive(Debug, Default)]
 pub(crate) struct Names {
-    waiting: Mutex<BTreeSet<RegistrationName>>,
+    waiting: Mutex<Waiting>,
     wake: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    order: VecDeque<RegistrationName>,
+    names: HashSet<RegistrationName>,
 }
 
 impl Names {
     pub(crate) fn add(&self, name: RegistrationName) {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(name);
+        {
+            let mut waiting = self.lock();
+            if waiting.names.insert(name.clone()) {
+                waiting.order.push_back(name);
+            }
+        }
         self.wake.notify_one();
     }
     pub(crate) async fn next(&self) -> RegistrationName {
         loop {
-            if let Some(name) = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_first() {
+            if let Some(name) = self.lock().take() {
                 return name;
             }
             self.wake.notified().await;
@@ -235,5 +262,16 @@ impl Names {
     }
     pub(crate) fn stream(self: Arc<Self>) -> BoxStream<'static, RegistrationName> {
         stream::unfold(self, |names| async move { Some((names.next().await, names)) }).boxed()
+    }
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Waiting {
+    fn take(&mut self) -> Option<RegistrationName> {
+        let name = self.order.pop_front()?;
+        self.names.remove(&name);
+        Some(name)
     }
 }

@@ -140,7 +140,7 @@ impl Kind for Entries {
         record.entry.get().is_some()
     }
     fn tell(cache: &Cache, name: &RegistrationName) {
-        cache.work.add(name.clone());
+        cache.heard.add(name.clone());
     }
 }
 

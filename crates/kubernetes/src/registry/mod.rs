@@ -158,7 +158,7 @@ impl Registry for KubernetesRegistry {
         self.listed(LISTED_WITHIN).await?;
         let names = self.store.cache.names(|_| true);
         let loads = stream::iter(names).map(|name| async move {
-            let stored = self.store.load(Urgency::Upkeep, &name).await;
+            let stored = self.store.glance(&name).await;
             (name, stored)
         });
         let mut loads = loads.buffer_unordered(LOOKS_AT_ONCE);

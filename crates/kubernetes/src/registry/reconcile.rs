@@ -13,7 +13,7 @@ use jiff::Timestamp;
 use onboarding_core::name::RegistrationName;
 use onboarding_core::registration::{Live, State};
 use onboarding_endpoint::backend::RegistryError;
-use onboarding_runtime::backoff::Backoff;
+use onboarding_runtime::backoff::{Backoff, with_jitter};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,6 +25,9 @@ const FIRST_DELAY: Duration = Duration::from_millis(100);
 const LONGEST_DELAY: Duration = Duration::from_secs(60);
 /// An agent that has registered connects at once: its first status comes with that. For one that doesn't, it is written after so long.
 const FIRST_STATUS_AFTER: Duration = Duration::from_secs(5);
+/// The replica that stored something goes on with it at once. The others look after so long (and up to half as long again) whether
+/// anything is left to do.
+const OTHERS_AFTER: Duration = Duration::from_millis(700);
 
 /// Until the end of time.
 pub(crate) async fn work(store: &Store) -> std::convert::Infallible {
@@ -47,6 +50,7 @@ pub(crate) async fn work(store: &Store) -> std::convert::Infallible {
                     (name, outcome)
                 });
             }
+            name = store.cache.heard.next() => drop(later.insert((Instant::now() + with_jitter(OTHERS_AFTER), name))),
             Some((name, outcome)) = running.next(), if !running.is_empty() => {
                 busy.remove(&name);
                 let delay = match outcome {
@@ -105,7 +109,7 @@ pub(crate) async fn follow_groups(store: &Store) -> std::convert::Infallible {
 
 /// `Some`: to be looked at again after so long.
 async fn one(store: &Store, name: &RegistrationName) -> Result<Option<Duration>, CallError> {
-    let state = match store.load(Urgency::Upkeep, name).await {
+    let state = match store.glance(name).await {
         Ok(stored) => stored.state,
         Err(RegistryError::Foreign(words)) => {
             tracing::debug!(registration = %name, problem = words, "a registration that no plane made is left alone");

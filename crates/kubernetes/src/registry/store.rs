@@ -40,6 +40,15 @@ impl Store {
         }
     }
 
+    /// For upkeep: asks the API server only where something doesn't fit.
+    pub(crate) async fn glance(&self, name: &RegistrationName) -> Result<Stored, RegistryError> {
+        match self.cache.seems(name) {
+            View::Known(stored) => Ok(stored),
+            View::Foreign(words) => Err(RegistryError::Foreign(words)),
+            View::Look => self.look(Urgency::Upkeep, name).await,
+        }
+    }
+
     /// Asks the API server, and puts right what isn't: what was deleted is remembered, what was made in ignorance of that is deleted.
     async fn look(&self, urgency: Urgency, name: &RegistrationName) -> Result<Stored, RegistryError> {
         for _ in 0..MOST_LOOKS {
