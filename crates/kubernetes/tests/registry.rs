@@ -1,6 +1,7 @@
 //! The registry against a real API server, with the garbage collector: what replicas make of each other's writes, of half-done ends, and of
 //! people with kubectl.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test states what must be true")]
+#![allow(clippy::print_stdout, reason = "how far it is, and how long it took")]
 
 use futures_util::StreamExt;
 use futures_util::future::join_all;
@@ -400,7 +401,8 @@ async fn what_is_stored_is_what_another_replica_reads(cluster: &Cluster) {
     a.store_live(&name, &live).await;
     let war = home.until_war(&name, "its status", |war| has(war, "AgentConnected", "False")).await;
     assert_eq!(condition(&war, "AgentConnected").unwrap()["reason"], "AgentNotYetConnected");
-    b.until(&name, "its status", |stored| stored.version.to_string() == war["metadata"]["resourceVersion"]).await;
+    b.until(&name, "its status", |stored| json!(stored.version.to_string()) == war["metadata"]["resourceVersion"])
+        .await;
     assert_eq!(b.live(&name).await.0, live, "which changes nothing");
 }
 

@@ -326,3 +326,34 @@ fn gone_is_done<T>(result: Result<T, CallError>) -> Result<(), CallError> {
         Err(error) => Err(error),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kube::core::response::{Status, StatusDetails};
+
+    #[test]
+    fn what_an_answer_means() {
+        let judged = |code: u16| {
+            let details = StatusDetails {
+                name: String::new(),
+                group: String::new(),
+                kind: String::new(),
+                uid: String::new(),
+                causes: Vec::new(),
+                retry_after_seconds: u32::from(code == 429) * 3,
+            };
+            let status = Status { code, message: "words".to_owned(), details: Some(details), ..Status::default() };
+            judge(&kube::Error::Api(Box::new(status)))
+        };
+        assert!(matches!(judged(409), (CallError::Conflict, None)));
+        assert!(matches!(judged(404), (CallError::Gone, None)));
+        for code in [400, 403, 405, 413, 422] {
+            assert!(matches!(judged(code), (CallError::Refused(words), None) if words.contains("words")), "{code}");
+        }
+        for code in [401, 408, 500, 503, 504] {
+            assert!(matches!(judged(code), (CallError::Unavailable(words), None) if words.contains("words")), "{code}");
+        }
+        assert!(matches!(judged(429), (CallError::Unavailable(_), Some(asked)) if asked == Duration::from_secs(3)));
+    }
+}

@@ -275,3 +275,7 @@ impl Waiting {
         Some(name)
     }
 }
+
+#[cfg(test)]
+#[path = "cache_tests.rs"]
+mod tests;

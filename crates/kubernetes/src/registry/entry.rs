@@ -171,3 +171,69 @@ fn within(part: &Value, whole: &Value) -> bool {
         (part, whole) => part == whole,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(conditions: Value) -> Entry {
+        let object = json!({
+            "metadata": {"name": "ratings-1", "namespace": "bookinfo", "uid": "e", "resourceVersion": "5", "ownerReferences": [
+                {"apiVersion": "runtime.onboarding.tetrate.io/v1alpha1", "kind": "WorkloadAutoRegistration", "name": "ratings-1", "uid": "w"},
+            ], "labels": {"theirs": "x"}},
+            "spec": {"address": "10.0.0.4", "weight": 7},
+            "status": {"conditions": conditions},
+        });
+        Entry::read(serde_json::from_value(object).unwrap()).unwrap().1
+    }
+
+    fn health(ready: bool, message: &str) -> Health {
+        Health { ready, message: message.to_owned() }
+    }
+
+    #[test]
+    fn what_others_added_is_no_difference() {
+        let entry = entry(json!([]));
+        assert_eq!(entry.owner, Owner::War("w".to_owned()));
+        assert!(entry.is(&json!({"spec": {"address": "10.0.0.4"}, "metadata": {"ownerReferences": [{"uid": "w"}]}})));
+        assert!(!entry.is(&json!({"spec": {"address": "10.0.0.5"}})));
+        assert!(!entry.is(&json!({"spec": {"network": "vms"}})));
+        assert!(!entry.is(&json!({"metadata": {"ownerReferences": [{"uid": "other"}]}})));
+    }
+
+    #[test]
+    fn health_is_written_where_it_differs_and_nothing_else_is_lost() {
+        let now = Timestamp::from_second(1000).unwrap();
+        let patch = |conditions: Value, health: Health| entry(conditions).health_patch(&health, now);
+        assert_eq!(patch(json!([]), health(false, "not up")), None, "without the condition it is unhealthy");
+        let theirs = json!({"type": "Reconciled", "status": "True"});
+        let healthy = patch(json!([theirs]), health(true, "")).unwrap();
+        assert_eq!(healthy["metadata"]["resourceVersion"], "5");
+        assert_eq!(healthy["status"]["conditions"][0], theirs);
+        let condition = healthy["status"]["conditions"][1].clone();
+        assert_eq!(
+            (&condition["status"], &condition["lastTransitionTime"]),
+            (&json!("True"), &json!("1970-01-01T00:16:40Z"))
+        );
+        assert_eq!(patch(json!([theirs, condition]), health(true, "")), None);
+        let ill = patch(json!([condition]), health(false, "503")).unwrap();
+        assert_eq!(ill["status"]["conditions"][0]["status"], "False");
+        // Another message of the same state: since when stays.
+        let mut before = ill["status"]["conditions"][0].clone();
+        before["lastTransitionTime"] = json!("1970-01-01T00:00:01Z");
+        let other = patch(json!([before]), health(false, "504")).unwrap();
+        assert_eq!(other["status"]["conditions"][0]["lastTransitionTime"], "1970-01-01T00:00:01Z");
+    }
+
+    #[test]
+    fn an_entry_of_that_name_is_ours_only_by_its_owner() {
+        let object =
+            json!({"metadata": {"name": "ratings-1", "namespace": "bookinfo", "uid": "e", "resourceVersion": "5"}});
+        let read = |object: &Value| Entry::read(serde_json::from_value(object.clone()).unwrap()).unwrap().1.owner;
+        assert_eq!(read(&object), Owner::Other("nobody".to_owned()));
+        let mut owned = object;
+        owned["metadata"]["ownerReferences"] =
+            json!([{"apiVersion": "v1", "kind": "WorkloadGroup", "name": "ratings", "uid": "g"}]);
+        assert_eq!(read(&owned), Owner::Other("WorkloadGroup ratings".to_owned()));
+    }
+}

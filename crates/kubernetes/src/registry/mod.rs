@@ -23,6 +23,9 @@
 //!   before this replica reads that name as gone. If no plane was there to see it, nothing is remembered: any key may come just the same,
 //!   and a token of before, which is still tied to its key, may bring the registration back while it lives.
 //!
+//! A store that was not answered in time is unavailable to its caller, and may have been written nevertheless: whoever comes next finds either
+//! the one or the other, never half of what decides.
+//!
 //! Reads are answered from what the informers and the own writes have shown. That may be old, which is harmless: a store that was decided upon
 //! old knowledge is a conflict, and what is then read was fetched from the API server.
 

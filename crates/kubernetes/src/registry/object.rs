@@ -403,3 +403,7 @@ pub(crate) fn seconds(time: Timestamp) -> String {
 pub(crate) fn name_of(metadata: &ObjectMeta) -> Option<RegistrationName> {
     Some(RegistrationName { namespace: metadata.namespace.clone()?, name: metadata.name.clone()? })
 }
+
+#[cfg(test)]
+#[path = "object_tests.rs"]
+mod tests;

@@ -1,0 +1,266 @@
+use super::*;
+use crate::registry::memory::{self, Content};
+use onboarding_core::identity::{Replay, Thumbprint};
+use onboarding_core::registration::{ConnectedOver, HostAddress, HostReport, SidecarReport, State};
+use proptest::collection::{btree_map, vec};
+use proptest::option;
+use proptest::prelude::*;
+
+fn word() -> impl Strategy<Value = String> {
+    "[a-z][a-z0-9]{0,11}"
+}
+
+fn timestamp() -> impl Strategy<Value = Timestamp> {
+    (0..4_000_000_000_i64, 0..1_000_000_000_i32).prop_map(|(second, nano)| Timestamp::new(second, nano).unwrap())
+}
+
+fn any_replay() -> impl Strategy<Value = Replay> {
+    prop_oneof![Just(Replay::BoundToKey), Just(Replay::Forever), timestamp().prop_map(Replay::Until)]
+}
+
+fn key() -> impl Strategy<Value = KeyMemory> {
+    (any::<[u8; 32]>(), any_replay())
+        .prop_map(|(thumbprint, replay)| KeyMemory { thumbprint: Thumbprint(thumbprint), replay })
+}
+
+/// As a resource, which of its facts are only claimed, and the issuer's short name.
+fn identity_json() -> impl Strategy<Value = (Value, Vec<String>, Option<String>)> {
+    let ec2 = ("[0-9]{12}", "[0-9a-f]{17}", option::of(word()), any::<bool>()).prop_map(|(account, id, role, claimed)| {
+        let mut ec2 = json!({"instanceId": format!("i-{id}")});
+        let mut names = Vec::new();
+        if let Some(role) = role {
+            ec2["iamRole"] = json!({"name": role});
+            names.extend(claimed.then(|| "aws.ec2.iamRole".to_owned()));
+        }
+        let aws = json!({"partition": "aws", "account": account, "region": "us-east-2", "zone": "us-east-2b", "ec2": ec2});
+        (json!({"aws": aws}), names, None)
+    });
+    // Subjects and attributes are an issuer's: any text.
+    let jwt = (".{1,40}", btree_map(word(), ".{0,20}", 0..4), word()).prop_map(|(subject, attributes, issuer)| {
+        let jwt = json!({"issuer": "https://mycompany.corp", "subject": subject, "attributes": attributes});
+        (json!({"jwt": jwt}), Vec::new(), Some(issuer))
+    });
+    prop_oneof![ec2, jwt]
+}
+
+fn host_report() -> impl Strategy<Value = HostReport> {
+    let kind = prop_oneof![Just(ConnectedOver::Vpc), Just(ConnectedOver::Internet)];
+    let address = (any::<std::net::IpAddr>(), kind.clone()).prop_map(|(ip, kind)| HostAddress { ip, kind });
+    let sidecar = prop_oneof![
+        word().prop_map(|version| SidecarReport::Envoy { version }),
+        (word(), option::of(word())).prop_map(|(version, revision)| SidecarReport::Istio { version, revision }),
+    ];
+    (word(), sidecar, vec(address, 0..3), btree_map(word(), word(), 0..4), kind).prop_map(
+        |(agent_version, sidecar, addresses, labels, connected_over)| HostReport {
+            agent_version,
+            sidecar,
+            addresses,
+            labels,
+            connected_over,
+        },
+    )
+}
+
+fn connection() -> impl Strategy<Value = Connection> {
+    let reason = proptest::sample::select(lease::REASONS.map(|(reason, _)| reason).to_vec());
+    prop_oneof![
+        (word(), word(), timestamp()).prop_map(|(replica, session, since)| Connection::Connected {
+            replica,
+            session,
+            since
+        }),
+        (timestamp(), reason).prop_map(|(since, reason)| Connection::Disconnected { since, reason }),
+    ]
+}
+
+prop_compose! {
+    fn live()(
+        (namespace, name) in (word(), word()),
+        (json, claimed, issuer_short_name) in identity_json(),
+        evidence in any_replay(),
+        key in key(),
+        report in host_report(),
+        (created_at, token_expires_at) in (timestamp(), timestamp()),
+        connection in connection(),
+        (ready, message) in (any::<bool>(), ".{0,40}"),
+    ) -> Live {
+        Live {
+            group: GroupName { namespace, name },
+            attested: Attested {
+                identity: identity::from_json(&json, &claimed).unwrap(),
+                issuer_short_name,
+                replay: evidence,
+            },
+            key,
+            report,
+            created_at,
+            token_expires_at,
+            connection,
+            health: Health { ready, message },
+        }
+    }
+}
+
+fn name(live: &Live) -> RegistrationName {
+    registration_name(&live.group, &live.attested.identity, live.attested.issuer_short_name.as_deref()).unwrap()
+}
+
+/// As the API server would give it back.
+fn served(mut object: DynamicObject, version: u64) -> DynamicObject {
+    object.metadata.uid = Some("uid-1".to_owned());
+    object.metadata.resource_version = Some(version.to_string());
+    object.metadata.generation = Some(3);
+    // Through text, as on the wire.
+    serde_json::from_str(&serde_json::to_string(&object).unwrap()).unwrap()
+}
+
+fn live_of(war: &War) -> &LiveWar {
+    war.live().unwrap_or_else(|| panic!("{:?}", war.meaning))
+}
+
+proptest! {
+    #[test]
+    fn a_state_comes_back_from_its_objects_as_it_was(live in live(), after in option::of(word()), other in live()) {
+        let name = name(&live);
+        let war = War::read(&name, served(new_war(&name, &live, "group-1", after.as_deref()).unwrap(), 7)).unwrap();
+        let fresh = Live {
+            connection: Connection::Disconnected { since: live.created_at, reason: DisconnectReason::NotYetConnected },
+            health: Health { ready: false, message: NOT_UP.to_owned() },
+            ..live.clone()
+        };
+        prop_assert_eq!(&live_of(&war).live, &fresh);
+        prop_assert_eq!((war.version, &live_of(&war).after, live_of(&war).has_status), (7, &after, false));
+
+        // With its status.
+        let mut object = war.object().unwrap();
+        object.data["status"] = status(&object, &name, &live, None, &[], Timestamp::UNIX_EPOCH);
+        let war = War::read(&name, served(object, 8)).unwrap();
+        prop_assert_eq!(&live_of(&war).live, &live);
+        prop_assert!(live_of(&war).has_status);
+
+        // With all that may change in it changed.
+        let changed = Live { group: live.group.clone(), attested: live.attested.clone(), connection: live.connection.clone(), health: live.health.clone(), ..other };
+        let object = with_live(&name, &war, live_of(&war), &changed).unwrap();
+        let war = War::read(&name, served(object, 9)).unwrap();
+        prop_assert_eq!(&live_of(&war).live, &changed);
+        prop_assert_eq!(&live_of(&war).after, &after);
+    }
+
+    #[test]
+    fn an_end_comes_back_from_the_war_and_from_the_memory(live in live(), key in option::of(key()), at in timestamp(), after in option::of(word())) {
+        let name = name(&live);
+        let ended = Ended { key, at };
+        let war = War::read(&name, served(new_war(&name, &live, "group-1", after.as_deref()).unwrap(), 7)).unwrap();
+        let ended_war = War::read(&name, served(with_end(&name, &war, Some(&ended)).unwrap(), 8)).unwrap();
+        prop_assert_eq!(ended_war.meaning, Meaning::Ended { ended: ended.clone(), after: after.clone() });
+        let forgotten = War::read(&name, served(with_end(&name, &war, None).unwrap(), 8)).unwrap();
+        prop_assert_eq!(forgotten.meaning, Meaning::Forgotten);
+
+        let content = Content { id: "id-1".to_owned(), war: "uid-1".to_owned(), ended };
+        let mut object = memory::to_object(&name, &content, Some(4));
+        object.metadata.uid = Some("uid-2".to_owned());
+        let read = memory::from_object(&name, &object).unwrap();
+        prop_assert_eq!((read.version, read.content), (4, content));
+        prop_assert_eq!(memory::registration_of(&object), Some(name.clone()));
+        // Under another name it is nobody's.
+        let mut moved = object;
+        moved.metadata.name = Some("onboarding-memory-0".to_owned());
+        prop_assert_eq!(memory::registration_of(&moved), None);
+        prop_assert!(memory::from_object(&name, &moved).is_err());
+    }
+}
+
+fn example() -> (RegistrationName, Live) {
+    let identity = json!({"jwt": {"issuer": "https://mycompany.corp", "subject": "vm007"}});
+    let live = Live {
+        group: GroupName { namespace: "bookinfo".to_owned(), name: "ratings".to_owned() },
+        attested: Attested {
+            identity: identity::from_json(&identity, &[]).unwrap(),
+            issuer_short_name: Some("my-corp".to_owned()),
+            replay: Replay::Forever,
+        },
+        key: KeyMemory { thumbprint: Thumbprint([1; 32]), replay: Replay::Forever },
+        report: HostReport::default(),
+        created_at: Timestamp::from_second(100).unwrap(),
+        token_expires_at: Timestamp::from_second(200).unwrap(),
+        connection: Connection::Connected {
+            replica: "plane-1".to_owned(),
+            session: "s".to_owned(),
+            since: Timestamp::from_second(150).unwrap(),
+        },
+        health: Health { ready: true, message: String::new() },
+    };
+    (name(&live), live)
+}
+
+#[test]
+fn a_status_that_is_not_whole_counts_as_never_connected() {
+    let (name, live) = example();
+    let mut object = served(new_war(&name, &live, "group-1", None).unwrap(), 1);
+    object.data["status"] = status(&object, &name, &live, None, &[], Timestamp::UNIX_EPOCH);
+    assert_eq!(live_of(&War::read(&name, object.clone()).unwrap()).live, live);
+    let changes: [fn(&mut Value); 6] = [
+        |status| *status = json!("connected"),
+        |status| status["conditions"] = json!([]),
+        |status| status["conditions"][0]["lastTransitionTime"] = json!("yesterday"),
+        |status| status["conditions"][0]["status"] = json!("Unknown"),
+        |status| status["lease"] = Value::Null,
+        |status| status["activeAgentConnection"] = Value::Null,
+    ];
+    for change in changes {
+        let mut object = object.clone();
+        change(&mut object.data["status"]);
+        let war = War::read(&name, object).unwrap();
+        let read = live_of(&war);
+        assert!(!read.has_status && !read.live.health.ready, "{read:?}");
+        let never = Connection::Disconnected { since: live.created_at, reason: DisconnectReason::NotYetConnected };
+        assert_eq!(read.live.connection, never);
+    }
+}
+
+#[test]
+fn a_status_keeps_what_is_not_its_own_and_the_time_of_what_stays() {
+    let (name, live) = example();
+    let mut object = served(new_war(&name, &live, "group-1", None).unwrap(), 1);
+    let at = |second| Timestamp::from_second(second).unwrap();
+    object.data["status"] = status(&object, &name, &live, None, &[], at(1000));
+    let audited = json!({"type": "Audited", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"});
+    object.data["status"]["conditions"].as_array_mut().unwrap().push(audited.clone());
+    let healthy =
+        |status: &Value| status["conditions"][1]["lastTransitionTime"].as_str().unwrap().parse::<Timestamp>().unwrap();
+    let same = status(&object, &name, &live, None, &[], at(2000));
+    assert_eq!(healthy(&same), at(1000));
+    assert_eq!(same["conditions"][2], audited);
+    assert_eq!(same["observedGeneration"], 3);
+    let ill = Live { health: Health { ready: false, message: "503".to_owned() }, ..live };
+    assert_eq!(healthy(&status(&object, &name, &ill, None, &[], at(2000))), at(2000));
+}
+
+#[test]
+fn versions_are_numbers() {
+    let metadata =
+        |version: Option<&str>| ObjectMeta { resource_version: version.map(str::to_owned), ..ObjectMeta::default() };
+    assert_eq!(version_of(&metadata(Some("18446744073709551615"))), Ok(u64::MAX));
+    for bad in [None, Some(""), Some("-1"), Some("abc"), Some("18446744073709551616")] {
+        assert!(version_of(&metadata(bad)).is_err(), "{bad:?}");
+    }
+}
+
+#[test]
+fn nothing_of_a_state_is_lost_by_the_states_own_default() {
+    // A registration as the core makes it needs no status to be what it is.
+    let (name, live) = example();
+    let register = onboarding_core::registration::Register {
+        group: live.group.clone(),
+        attested: live.attested.clone(),
+        key: live.key.thumbprint,
+        report: live.report.clone(),
+        token_issued_at: live.created_at,
+        token_expires_at: live.token_expires_at,
+    };
+    let event = onboarding_core::registration::Event::Register(Box::new(register));
+    let step = onboarding_core::registration::step(&State::Absent, event, live.created_at, std::time::Duration::ZERO);
+    let State::Live(made) = step.unwrap().state else { panic!("it isn't live") };
+    let war = War::read(&name, served(new_war(&name, &made, "group-1", None).unwrap(), 1)).unwrap();
+    assert_eq!(live_of(&war).live, *made);
+}
