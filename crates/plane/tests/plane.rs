@@ -92,7 +92,11 @@ fn it_says_how_it_is_set_up_and_what_is_missing_and_ends_when_it_is_told_to() {
     let metrics = get(&address, "/metrics");
     assert!(metrics.contains("onboarding_sessions 0"));
     // What the documents say nothing of can't be watched.
-    let documents = [include_str!("../../../docs/operations.md"), include_str!("../../../docs/standalone-mesh.md")];
+    let documents = [
+        include_str!("../../../docs/operations.md"),
+        include_str!("../../../docs/standalone-mesh.md"),
+        include_str!("../../../docs/repository.md"),
+    ];
     for name in metrics.lines().filter_map(|line| line.strip_prefix("# HELP ")?.split(' ').next()) {
         let group = ["onboarding_registry_", "onboarding_manifests_", "onboarding_mesh_"];
         let known = documents.iter().any(|text| text.contains(name)) || group.iter().any(|it| name.starts_with(it));

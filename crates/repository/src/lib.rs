@@ -146,9 +146,9 @@ pub async fn serve_while_enabled(
                 match until_disabled {
                     Some(ended) => ended?,
                     None => {
-                        tracing::info!("the ControlPlane has no localRepository any more");
                         this.cancel();
                         ended.await?;
+                        tracing::info!("the repository ended with localRepository");
                     }
                 }
             }

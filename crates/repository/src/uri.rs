@@ -47,15 +47,15 @@ impl Architecture {
     }
 }
 
-/// A revision of Istio: a DNS label.
+/// A revision of Istio, as `sidecar.istio.revision` of the agent has it: a DNS label of at most 56 characters.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Revision(String);
 
 impl Revision {
-    /// `None`: no DNS label (RFC 1123, section 2.1).
+    /// `None`: it is none.
     pub fn parse(text: &str) -> Option<Self> {
         let inside = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-        let label = (1..=63).contains(&text.len())
+        let label = (1..=56).contains(&text.len())
             && text.bytes().all(inside)
             && !text.starts_with('-')
             && !text.ends_with('-');
