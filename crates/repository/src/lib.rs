@@ -9,6 +9,7 @@ pub mod catalog;
 pub mod certificate;
 mod metrics;
 mod pages;
+mod script;
 mod server;
 mod service;
 pub mod uri;

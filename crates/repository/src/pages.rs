@@ -1,6 +1,7 @@
 //! What people read: the listing, and the answer to what isn't there.
 
 use crate::catalog::Inventory;
+use crate::script::NAME;
 use crate::uri::{CHECKSUM, ROOT, by_content};
 use jiff::Timestamp;
 use std::collections::BTreeMap;
@@ -40,10 +41,15 @@ pub(crate) fn listing(inventory: &Inventory, path: &str) -> Option<String> {
     let title = format!("Packages: {ROOT}{path}");
     let up = if path.is_empty() { "" } else { "<p><a href=\"../\">one up</a></p>\n" };
     let empty = if rows.is_empty() { "<p>There are no packages yet.</p>\n" } else { "" };
+    let script = if path.is_empty() {
+        format!("<p><a href=\"{NAME}\">{NAME}</a> installs the agent and the sidecar.</p>\n")
+    } else {
+        String::new()
+    };
     let rows: String = rows.into_values().fold(String::new(), |all, row| all + &row + "\n");
     Some(format!(
         "<!DOCTYPE html>\n<html lang=\"en\">\n<head><meta charset=\"utf-8\"><title>{title}</title></head>\n<body>\n\
-         <h1>{title}</h1>\n{up}{empty}<table>\n\
+         <h1>{title}</h1>\n{up}{script}{empty}<table>\n\
          <tr><th>Name</th><th>Bytes</th><th>Modified</th><th>Checksum</th><th>This very file, by its SHA-256</th></tr>\n\
          {rows}</table>\n</body>\n</html>\n"
     ))

@@ -4,6 +4,7 @@ use crate::answer::{Body, Content, Representation, answer, full, nothing, plain}
 use crate::catalog::{Absent, Catalog, Version};
 use crate::metrics::Metrics;
 use crate::pages;
+use crate::script;
 use crate::uri::{Package, Part, ROOT, Target};
 use bytes::Bytes;
 use headers::{ContentLength, HeaderMapExt};
@@ -100,6 +101,13 @@ impl Service {
                     answer(request.method(), request.headers(), &representation(&package, version, part, true))
                 }
                 None => self.absent(None).await,
+            },
+            Target::Script => match script::script(request) {
+                Some(script) => text(StatusCode::OK, script),
+                None => text(
+                    StatusCode::BAD_REQUEST,
+                    "the request names no host, by which a script could find this repository\n",
+                ),
             },
             Target::Unknown => self.unknown(path).await,
         };

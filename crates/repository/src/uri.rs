@@ -160,6 +160,8 @@ pub enum Target {
     Newest(Package, Part),
     /// That of this content, for as long as it is held: its digest in hexadecimal, and its file's name.
     Content(String, String, Part),
+    /// `onboard.sh`
+    Script,
     Unknown,
 }
 
@@ -172,6 +174,9 @@ impl Target {
         let Some(path) = path.strip_prefix(ROOT) else { return Self::Unknown };
         if path.is_empty() || path.ends_with('/') {
             return Self::Listing(path.to_owned());
+        }
+        if path == crate::script::NAME {
+            return Self::Script;
         }
         let (file, part) = match path.strip_suffix(CHECKSUM) {
             Some(file) => (file, Part::Checksum),

@@ -120,6 +120,11 @@ impl Repository {
         format!("https://{HOST}:{}{path}", self.port)
     }
 
+    /// By its address, which is in its certificate too.
+    pub fn local(&self, path: &str) -> String {
+        format!("https://127.0.0.1:{}{path}", self.port)
+    }
+
     /// curl that knows the host and its CA; it runs in [`Repository::work`].
     pub fn curl(&self) -> Command {
         let mut curl = Command::new("curl");
@@ -191,7 +196,7 @@ impl Drop for Repository {
 
 /// A new certificate; `ca.pem` is whom to trust for it.
 pub fn certify(dir: &Path) {
-    let made = make_tls(&[HOST]).unwrap();
+    let made = make_tls(&[HOST, "127.0.0.1"]).unwrap();
     std::fs::write(dir.join("ca.pem"), made.ca).unwrap();
     std::fs::write(dir.join("tls/tls.key"), made.private_key).unwrap();
     std::fs::write(dir.join("tls/tls.crt"), made.certificate_chain).unwrap();

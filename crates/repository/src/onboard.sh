@@ -1,0 +1,117 @@
+#!/bin/sh
+# Installs the Istio sidecar and the Workload Onboarding Agent on this machine, from https://@HOST@/install/
+#
+#   curl -fLO https://@HOST@/install/onboard.sh
+#   sudo sh onboard.sh --group NAMESPACE/NAME
+#
+# --group NAMESPACE/NAME  the WorkloadGroup to join: writes /etc/onboarding-agent/onboarding.config.yaml and starts the agent.
+#                         Without it the packages are installed, and nothing else is done.
+# --revision REVISION     the sidecar of this revision of Istio
+#
+# A CA that this machine doesn't trust yet: CURL_CA_BUNDLE=FILE sh onboard.sh ...
+# Run again, it installs the newest packages.
+set -eu
+
+REPOSITORY='https://@HOST@'
+ENDPOINT='@NAME@'
+CONFIG=/etc/onboarding-agent/onboarding.config.yaml
+
+fail() {
+    echo "onboard.sh: $*" >&2
+    exit 1
+}
+
+# What this machine takes: deb or rpm, amd64 or arm64.
+recognise() {
+    if command -v apt-get >/dev/null; then
+        format=deb
+    elif command -v dnf >/dev/null || command -v yum >/dev/null; then
+        format=rpm
+    else
+        fail "there is no apt-get, dnf or yum: take the packages from $REPOSITORY/install/ and install them by hand"
+    fi
+    case $(uname -m) in
+        x86_64) architecture=amd64 ;;
+        aarch64) architecture=arm64 ;;
+        *) fail "there are no packages for $(uname -m)" ;;
+    esac
+}
+
+# Downloads $2 from the directory $1 of the repository into $work. The checksum comes first, and names the package by its
+# content: so both are of one package, even while it is replaced.
+download() {
+    curl -fsSL -o "$work/$2.sha256" "$REPOSITORY/install/$1/$2.sha256" ||
+        fail "there is no $REPOSITORY/install/$1/$2: $REPOSITORY/install/ says what there is"
+    digest=$(cut -d ' ' -f 1 <"$work/$2.sha256")
+    case $digest in
+        '' | *[!0-9a-f]*) fail "$REPOSITORY/install/$1/$2.sha256 is no checksum" ;;
+    esac
+    curl -fSL --retry 3 -o "$work/$2" "$REPOSITORY/install/sha256/$digest/$2" ||
+        fail "$2 could not be downloaded, or was replaced meanwhile: run this once more"
+    (cd "$work" && sha256sum --check "$2.sha256") || fail "$2 is not what its checksum says"
+}
+
+install_packages() {
+    case $format in
+        deb) DEBIAN_FRONTEND=noninteractive apt-get install -y "$@" ;;
+        rpm) if command -v dnf >/dev/null; then dnf install -y "$@"; else yum install -y "$@"; fi ;;
+    esac
+}
+
+configure() {
+    umask 022
+    mkdir -p "${CONFIG%/*}"
+    cat >"$CONFIG.new" <<CONFIGURATION
+apiVersion: config.agent.onboarding.tetrate.io/v1alpha1
+kind: OnboardingConfiguration
+onboardingEndpoint:
+  host: "$ENDPOINT"
+workloadGroup:
+  namespace: "$1"
+  name: "$2"
+CONFIGURATION
+    if [ -e "$CONFIG" ] && ! cmp -s "$CONFIG" "$CONFIG.new"; then
+        cp -p "$CONFIG" "$CONFIG.before"
+        echo "onboard.sh: what was in $CONFIG is in $CONFIG.before"
+    fi
+    mv "$CONFIG.new" "$CONFIG"
+}
+
+main() {
+    group='' sidecars=''
+    while [ $# -gt 0 ]; do
+        [ $# -gt 1 ] || fail "$1 needs a value"
+        case $1 in
+            --group) group=$2 ;;
+            --revision) sidecars=istio-sidecar/$2/ ;;
+            *) fail "$1 is unknown: --group NAMESPACE/NAME, --revision REVISION" ;;
+        esac
+        shift 2
+    done
+    case $group in
+        '') ;;
+        */*/* | /* | */ | *[!-a-z0-9./]*) fail "--group is NAMESPACE/NAME, as in bookinfo/ratings" ;;
+        */*) ;;
+        *) fail "--group is NAMESPACE/NAME, as in bookinfo/ratings" ;;
+    esac
+    [ "$(id -u)" = 0 ] || fail "packages are installed by root: run it with sudo"
+    recognise
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    # Whoever installs may be another user (apt's _apt).
+    chmod 755 "$work"
+    download "$sidecars$format/$architecture" "istio-sidecar.$format"
+    download "$format/$architecture" "onboarding-agent.$format"
+    install_packages "$work/istio-sidecar.$format" "$work/onboarding-agent.$format"
+    if [ -n "$group" ]; then
+        configure "${group%%/*}" "${group#*/}"
+        systemctl enable onboarding-agent
+        systemctl restart onboarding-agent
+        echo "onboard.sh: the agent runs; journalctl -u onboarding-agent says how it joins $group"
+    else
+        echo "onboard.sh: installed. Edit $CONFIG, then: systemctl enable --now onboarding-agent"
+    fi
+}
+
+# The last line: a script that was cut off does nothing.
+main "$@"

@@ -1,0 +1,107 @@
+//! `onboard.sh`, run by a real shell with real downloads; only what would change this machine is stood in for.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test states what must be true")]
+#![allow(dead_code, reason = "the support is shared by several tests")]
+
+mod support;
+
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Output};
+use support::*;
+
+/// A repository with both packages, its script, and a directory of commands that only say what they were asked.
+fn setup() -> Repository {
+    let (agent, sidecar) = (deb(b"agent"), deb(b"sidecar"));
+    let repository = Repository::start(&[
+        ("deb/amd64/onboarding-agent.deb", &agent),
+        ("deb/amd64/istio-sidecar.deb", &sidecar),
+        ("deb/arm64/onboarding-agent.deb", &agent),
+        ("deb/arm64/istio-sidecar.deb", &sidecar),
+        ("istio-sidecar/1-28/deb/amd64/istio-sidecar.deb", &deb(b"1.28")),
+        ("istio-sidecar/1-28/deb/arm64/istio-sidecar.deb", &deb(b"1.28")),
+    ]);
+    let script = repository.curl().arg("-f").arg(repository.local("/install/onboard.sh")).output().unwrap();
+    assert!(script.status.success(), "{script:?}");
+    std::fs::write(repository.work().join("onboard.sh"), script.stdout).unwrap();
+    let commands = repository.work().join("bin");
+    std::fs::create_dir(&commands).unwrap();
+    let packages =
+        "echo apt-get \"$1\" \"$2\"; shift 2; for file; do echo \"${file##*/}\" $(sha256sum <\"$file\"); done";
+    for (name, says) in [("apt-get", packages), ("systemctl", "echo systemctl \"$@\"")] {
+        let file = commands.join(name);
+        std::fs::write(&file, format!("#!/bin/sh\n{says}\n")).unwrap();
+        std::fs::set_permissions(file, PermissionsExt::from_mode(0o755)).unwrap();
+    }
+    repository
+}
+
+/// In a mount namespace where /etc is empty; what is in /etc/onboarding-agent afterwards is printed.
+fn run(repository: &Repository, arguments: &str) -> Output {
+    let script = format!(
+        "mount -t tmpfs tmpfs /etc && PATH=$PWD/bin:$PATH && sh onboard.sh {arguments} && cd / && \
+         for file in /etc/onboarding-agent/*; do [ -e \"$file\" ] && echo \"== $file\" && cat \"$file\"; done; exit"
+    );
+    let mut unshare = Command::new("unshare");
+    unshare.args(["--mount", "--user", "--map-root-user", "sh", "-c", &script]);
+    unshare.env("CURL_CA_BUNDLE", repository.dir.path().join("ca.pem")).current_dir(repository.work());
+    unshare.output().unwrap()
+}
+
+#[test]
+fn it_installs_both_and_joins_the_group() {
+    let repository = setup();
+    let output = run(&repository, "--group bookinfo/ratings");
+    let said = String::from_utf8_lossy(&output.stdout);
+    for line in [
+        "istio-sidecar.deb: OK",
+        "onboarding-agent.deb: OK",
+        "apt-get install -y",
+        &format!("istio-sidecar.deb {} -", sha256(&deb(b"sidecar"))),
+        &format!("onboarding-agent.deb {} -", sha256(&deb(b"agent"))),
+        "systemctl enable onboarding-agent",
+        "systemctl restart onboarding-agent",
+        "== /etc/onboarding-agent/onboarding.config.yaml",
+        "  host: \"127.0.0.1\"",
+        "  namespace: \"bookinfo\"",
+        "  name: \"ratings\"",
+    ] {
+        assert!(said.lines().any(|said| said == line), "{line:?} is not in {output:?}");
+    }
+    assert!(repository.log().contains("/install/sha256/"), "by content");
+}
+
+#[test]
+fn it_only_installs_without_a_group_and_takes_a_revision() {
+    let repository = setup();
+    let output = run(&repository, "--revision 1-28");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains(&format!("istio-sidecar.deb {} -", sha256(&deb(b"1.28")))), "{output:?}");
+    assert!(!said.contains("systemctl enable onboarding-agent\n") && !said.contains("== /etc"), "{output:?}");
+}
+
+#[test]
+fn it_says_what_is_wrong_and_does_nothing() {
+    let repository = setup();
+    for (arguments, words) in [
+        ("--group ratings", "--group is NAMESPACE/NAME"),
+        ("--group 'bookinfo/rat\"ings'", "--group is NAMESPACE/NAME"),
+        ("--group", "--group needs a value"),
+        ("--namespace x", "--namespace is unknown"),
+        ("--revision 1-29", "says what there is"),
+    ] {
+        let output = run(&repository, arguments);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains(words), "{arguments}: {output:?}");
+        assert!(!String::from_utf8_lossy(&output.stdout).contains("apt-get"), "{arguments}: {output:?}");
+    }
+}
+
+#[test]
+fn a_script_that_was_cut_off_does_nothing() {
+    let repository = setup();
+    let file = repository.work().join("onboard.sh");
+    let whole = std::fs::read_to_string(&file).unwrap();
+    let end = whole.rfind("main \"$@\"").unwrap();
+    std::fs::write(&file, &whole[..end]).unwrap();
+    let output = run(&repository, "--group bookinfo/ratings");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "", "{output:?}");
+}
