@@ -3,6 +3,7 @@
 
 mod world;
 
+use onboarding_testkit::process::Mark;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use world::{CHART, NAMESPACE, OPERATOR, PLANE, RELEASE, WITHIN, World, control_plane};
@@ -191,6 +192,24 @@ fn a_control_plane_that_is_faulty_or_doubled_or_deleted() {
         world.wait(&format!("--for=delete {object}"));
     }
     assert!(operator.process.status().is_none());
+}
+
+#[test]
+fn the_plane_runs_with_what_its_account_may() {
+    let world = World::installed();
+    let _operator = world.operator(&[]);
+    world.apply_certificate(&["onboarding.corp"]);
+    world.apply_control_plane(ENABLED);
+    world.condition("ObjectsApplied", "Applied");
+    let plane = world.plane();
+    // What it lacks a permission for it says so, and isn't ready or warns.
+    plane.until("/readyz", |answer| answer.starts_with("HTTP/1.1 200"));
+    let keys = "--for=jsonpath={.metadata.managedFields[?(@.manager==\"onboarding-plane\")].operation}=Update";
+    world.wait(&format!("{keys} secret/onboarding-plane-token-keys"));
+    world.wait("--for=create lease/onboarding-plane lease/onboarding-plane-pod-1");
+    let log = plane.process.lines_since(Mark::default()).join("\n");
+    assert!(!log.contains("forbidden") && !log.contains("(403)"), "{log}");
+    assert!(plane.process.terminate(WITHIN).unwrap().success());
 }
 
 /// What nobody of onboarding may.

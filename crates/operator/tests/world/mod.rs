@@ -5,6 +5,7 @@ use onboarding_testkit::process::{Process, output};
 use rcgen::{CertificateParams, KeyPair};
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -59,21 +60,35 @@ impl World {
     }
 
     /// The program, with a token of the account that the chart made.
-    pub fn operator(&self, more: &[&str]) -> Operator {
-        let create = ["create", "token", "onboarding-operator", "-n", RELEASE, "--duration=2h"];
-        let token = self.cluster.kubectl(create).unwrap();
-        let kubeconfig = self.files.path().join("operator.kubeconfig");
-        std::fs::write(&kubeconfig, self.cluster.kubeconfig_with_token(token.trim())).unwrap();
+    pub fn operator(&self, more: &[&str]) -> Program {
         let mut command = Command::new(env!("CARGO_BIN_EXE_onboarding-operator"));
-        command
-            .args(["--admin-listen", "127.0.0.1:0", "--log-format", "json"])
-            .args(more)
-            .env("KUBECONFIG", kubeconfig)
-            .env_remove("RUST_LOG");
-        let process = Process::start("onboarding-operator", command, None).unwrap();
-        let line = process.wait_for_line(WITHIN, |line| line.contains("metrics and readiness are served")).unwrap();
-        let line: serde_json::Value = serde_json::from_str(&line).unwrap();
-        Operator { process, admin: line["address"].as_str().unwrap().to_owned() }
+        command.args(["--admin-listen", "127.0.0.1:0", "--log-format", "json"]).args(more);
+        command.env("KUBECONFIG", self.kubeconfig_of("onboarding-operator", RELEASE));
+        start("onboarding-operator", command)
+    }
+
+    /// What the Deployment runs, with a token of its account, as pod `pod-1`.
+    pub fn plane(&self) -> Program {
+        let program = Path::new(env!("CARGO_BIN_EXE_onboarding-operator")).with_file_name("onboarding-plane");
+        assert!(program.exists(), "{} isn't built; run `cargo build --workspace --bins`", program.display());
+        let arguments = "jsonpath={.spec.template.spec.containers[0].args}";
+        let arguments = self.kubectl(&format!("get deployment onboarding-plane -o {arguments}"));
+        let arguments: Vec<String> = serde_json::from_str(&arguments).unwrap();
+        let here = |argument: String| match argument.strip_prefix("0.0.0.0:") {
+            Some(_) => "127.0.0.1:0".to_owned(),
+            None => argument.replace("$(POD_NAMESPACE)", NAMESPACE).replace("$(POD_NAME)", "pod-1"),
+        };
+        let mut command = Command::new(program);
+        command.args(arguments.into_iter().map(here));
+        command.arg("--kubeconfig").arg(self.kubeconfig_of("onboarding-plane", NAMESPACE));
+        start("onboarding-plane", command)
+    }
+
+    fn kubeconfig_of(&self, account: &str, namespace: &str) -> PathBuf {
+        let token = self.cluster.kubectl(["create", "token", account, "-n", namespace, "--duration=2h"]).unwrap();
+        let kubeconfig = self.files.path().join(format!("{account}.kubeconfig"));
+        std::fs::write(&kubeconfig, self.cluster.kubeconfig_with_token(token.trim())).unwrap();
+        kubeconfig
     }
 
     /// Arguments by their spaces, in the namespace of the ControlPlane.
@@ -150,12 +165,21 @@ impl World {
     }
 }
 
-pub struct Operator {
+fn start(name: &str, mut command: Command) -> Program {
+    command.env_remove("RUST_LOG");
+    let process = Process::start(name, command, None).unwrap();
+    let line = process.wait_for_line(WITHIN, |line| line.contains("metrics and readiness are served")).unwrap();
+    let line: serde_json::Value = serde_json::from_str(&line).unwrap();
+    Program { process, admin: line["address"].as_str().unwrap().to_owned() }
+}
+
+/// One that runs, and is killed with this value.
+pub struct Program {
     pub process: Process,
     admin: String,
 }
 
-impl Operator {
+impl Program {
     fn get(&self, path: &str) -> String {
         let mut stream = TcpStream::connect(&self.admin).unwrap();
         write!(stream, "GET {path} HTTP/1.1\r\nHost: operator\r\nConnection: close\r\n\r\n").unwrap();
