@@ -65,7 +65,7 @@ pub struct LeaseFleet {
     replica: String,
     leads: watch::Sender<bool>,
     seen: Mutex<Seen>,
-    /// Who holds the leader's Lease, and since when it stood unchanged.
+    /// Notifies with each change that was seen: the leader's Lease may be free.
     leader: watch::Sender<()>,
 }
 

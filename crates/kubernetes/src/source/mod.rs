@@ -66,7 +66,8 @@ const BACKLOG: usize = 1024;
 pub struct Options {
     /// The plane's own: of its ControlPlane, the endpoint's Secret, the ConfigMaps of Istio. `istio-system`.
     pub namespace: String,
-    /// How long it is let in by what is known while the API server says nothing.
+    /// How long it is let in by what is known while the API server says nothing. Counted from the last sign of life, of which one comes
+    /// in a minute; it counts once watching failed for ten seconds or nothing came for 90.
     pub longest_stale: Duration,
 }
 
