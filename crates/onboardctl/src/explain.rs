@@ -2,6 +2,7 @@
 
 use crate::manifests::{self, Admission};
 use crate::outcome::{Format, Outcome, json};
+use crate::plane::Access;
 use anyhow::anyhow;
 use onboarding_core::group::WorkloadGroup;
 use onboarding_core::identity::Identity;
@@ -18,6 +19,7 @@ use std::path::PathBuf;
   onboardctl explain -f policies/ --identity identity.yaml --group bookinfo/ratings
   onboardctl attest document.txt | \\
     onboardctl explain -f policies/ --identity - --group bookinfo/ratings -o json
+  onboardctl explain --cluster --identity identity.yaml --group bookinfo/ratings
 
 The identity file is an identity as in a registration's spec.identity; its key claimedOnly
 names facts that are not proven, as in claimedOnly: [aws.ec2.iamRole].
@@ -26,8 +28,11 @@ An invalid policy counts as absent, with a warning.
 Exit codes: 0 allowed; 2 refused; 1 an input that can't be used, or wrong usage.")]
 pub struct Explain {
     /// Manifests: files, directories, or - for standard input
-    #[arg(short = 'f', long = "filename", required = true, num_args = 1.., value_name = "PATH")]
+    #[arg(short = 'f', long = "filename", num_args = 1.., value_name = "PATH")]
     paths: Vec<PathBuf>,
+    /// Take policies, groups and the ControlPlane from the cluster
+    #[arg(long, conflicts_with = "paths")]
+    cluster: bool,
     /// The identity: a file, or - for standard input
     #[arg(long, value_name = "FILE")]
     identity: PathBuf,
@@ -42,9 +47,12 @@ pub struct Explain {
 const REFUSED: u8 = 2;
 
 impl Explain {
-    pub fn run(&self) -> anyhow::Result<Outcome> {
+    pub fn run(&self, access: &Access) -> anyhow::Result<Outcome> {
         manifests::stdin_once(self.paths.iter().chain([&self.identity]))?;
-        let loaded = manifests::load(&self.paths);
+        let loaded = match access.is_of_cluster(self.cluster, &self.paths)? {
+            true => manifests::of_cluster(&access.cluster()?, Some(&self.group.namespace))?,
+            false => manifests::load(&self.paths),
+        };
         loaded.all_read()?;
         if let Some(fault) = loaded.unintelligible().next() {
             return Err(anyhow!("{fault}"));
@@ -60,7 +68,12 @@ impl Explain {
             Some(group) => admission.verdict(&identity, group),
             None => Verdict::refused(admission.no_group(&self.group, is_faulty)),
         };
-        notes.extend(verdict.allowed.as_ref().and_then(|_| unnameable(&identity, &self.group)));
+        if verdict.allowed.is_some() {
+            notes.extend(unnameable(&identity, &self.group));
+            notes.extend(
+                admission.unlisted_issuer(&identity).map(|why| format!("warning: the policy allows it, but {why}")),
+            );
+        }
         let code = if verdict.allowed.is_some() { 0 } else { REFUSED };
         Ok(Outcome { out: self.say(&verdict), notes, code })
     }
@@ -138,7 +151,7 @@ impl Admission {
         }
         let known: Vec<_> = self.groups.keys().take(5).map(ToString::to_string).collect();
         match known.as_slice() {
-            [] => format!("the WorkloadGroup {group} doesn't exist; there is none in these manifests"),
+            [] => format!("the WorkloadGroup {group} doesn't exist; there is none here"),
             known => format!("the WorkloadGroup {group} doesn't exist; there are {}", known.join(", ")),
         }
     }

@@ -6,12 +6,13 @@
 mod attest;
 mod cli;
 mod completions;
+mod doctor;
 mod explain;
 mod lint;
 mod manifests;
 mod outcome;
 mod plan;
-mod socket;
+mod plane;
 mod status;
 mod workloads;
 

@@ -1,11 +1,14 @@
-//! Manifests of files and directories, and what they admit.
+//! Manifests of files and directories, or the objects of a cluster, and what they admit.
 
+use crate::plane::cluster::{Cluster, Problem};
+use crate::plane::objects::{CONTROL_PLANES, GROUPS, ISTIO_SYSTEM, POLICIES};
 use onboarding_core::group::WorkloadGroup;
 use onboarding_core::name::GroupName;
 use onboarding_core::policy::{Policy, PolicySet};
 use onboarding_kinds::control_plane::Onboarding;
 use onboarding_kinds::fault::Fault;
 use onboarding_kinds::manifest::{self, Manifest, Manifests, Object};
+use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -43,6 +46,51 @@ pub fn load(paths: &[PathBuf]) -> Loaded {
     loaded.faults.sort_by_key(place);
     loaded.warnings.sort_by_key(place);
     loaded
+}
+
+/// What faults of a cluster's objects have in place of a file.
+const CLUSTER: &str = "cluster";
+
+/// The policies and groups of a cluster, in one namespace or in all, and its ControlPlane.
+pub fn of_cluster(cluster: &Cluster, namespace: Option<&str>) -> Result<Loaded, Problem> {
+    let mut objects = cluster.list(&POLICIES, namespace)?;
+    objects.extend(cluster.list(&GROUPS, namespace)?);
+    objects.extend(cluster.list(&CONTROL_PLANES, Some(ISTIO_SYSTEM))?);
+    Ok(of_objects(&objects))
+}
+
+/// The objects of a cluster, each read as if it were a file: the API server may hold what its schema would refuse today.
+///
+/// One that is being deleted is as good as gone, whoever still holds it up by a finalizer.
+pub fn of_objects(objects: &[Value]) -> Loaded {
+    let mut loaded = Loaded::default();
+    for object in objects.iter().filter(|object| object.pointer("/metadata/deletionTimestamp").is_none()) {
+        let read = manifest::read(CLUSTER, &as_manifest(object));
+        loaded.items.extend(read.items);
+        loaded.faults.extend(read.faults);
+        loaded.warnings.extend(read.warnings);
+    }
+    loaded.faults.extend(manifest::cross_check(&loaded.items));
+    loaded
+}
+
+/// Without what the API server and controllers add for themselves.
+fn as_manifest(object: &Value) -> String {
+    let mut manifest = object.clone();
+    if let Value::Object(fields) = &mut manifest {
+        fields.remove("status");
+        let metadata = fields.get("metadata").cloned().unwrap_or_default();
+        let kept = ["namespace", "name", "labels"].into_iter();
+        let kept = kept.filter_map(|field| Some((field, metadata.get(field)?.clone())));
+        fields.insert(
+            "metadata".to_owned(),
+            kept.fold(json!({}), |mut metadata, (field, value)| {
+                metadata[field] = value;
+                metadata
+            }),
+        );
+    }
+    manifest.to_string()
 }
 
 #[derive(Default)]

@@ -2,7 +2,8 @@
 
 use crate::manifests::{self, Admission};
 use crate::outcome::{Format, Outcome, json, printable};
-use crate::socket::Socket;
+use crate::plane::objects::WARS;
+use crate::plane::{Access, Plane};
 use anyhow::{Context, anyhow, ensure};
 use onboarding_core::identity::Identity;
 use onboarding_core::name::{GroupName, RegistrationName};
@@ -20,9 +21,10 @@ use std::path::PathBuf;
   onboardctl plan -f manifests/ --workloads wars.json
 
 PATH holds all manifests as they would be, not only those that change. Whether a workload is
-admitted now is what the plane says (status.admitted); in a list without that, each is, except
-one whose session ended because a policy can't be read. Where PATH has a ControlPlane, an
-identity by JWT also needs its issuer to be listed there: without, its token isn't renewed.
+admitted now is what the plane says (status.admitted), or what the objects of the cluster
+say; in a list without that, each is, except one whose session ended because a policy can't be
+read. Where PATH has a ControlPlane, an identity by JWT also needs its issuer to be listed
+there: without, its token isn't renewed.
 
 Exit codes: 0 nothing would change; 3 somebody would lose or gain admission; 1 an input that
 can't be used (such as manifests with faults), or wrong usage.")]
@@ -30,9 +32,12 @@ pub struct Plan {
     /// The manifests as they would be: files, directories, or - for standard input
     #[arg(short = 'f', long = "filename", required = true, num_args = 1.., value_name = "PATH")]
     paths: Vec<PathBuf>,
-    /// The live workloads as JSON, of kubectl get war or of onboardctl workloads [default: ask the plane]
+    /// The live workloads as JSON, of kubectl get war or of onboardctl workloads [default: ask the plane or the cluster]
     #[arg(long, value_name = "FILE")]
     workloads: Option<PathBuf>,
+    /// Only workloads of this namespace [default: of all]
+    #[arg(short, long, value_name = "NAMESPACE", value_parser = crate::cli::namespace)]
+    namespace: Option<String>,
     /// How to say it
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
@@ -41,7 +46,7 @@ pub struct Plan {
 const WOULD_CHANGE: u8 = 3;
 
 impl Plan {
-    pub fn run(&self, socket: &Socket) -> anyhow::Result<Outcome> {
+    pub fn run(&self, access: &Access) -> anyhow::Result<Outcome> {
         manifests::stdin_once(self.paths.iter().chain(&self.workloads))?;
         let loaded = manifests::load(&self.paths);
         loaded.all_read()?;
@@ -54,18 +59,39 @@ impl Plan {
         }
         let notes = loaded.warnings.iter().map(|warning| format!("warning: {warning}")).collect();
         let admission = loaded.admission();
-        let workloads = self.live(socket)?.iter().map(Workload::read).collect::<anyhow::Result<Vec<_>>>()?;
+        let (wars, now) = self.live(access)?;
+        let in_question = |war: &&Value| match &self.namespace {
+            Some(namespace) => war.pointer("/metadata/namespace").and_then(Value::as_str) == Some(namespace),
+            None => true,
+        };
+        let workloads = wars.iter().filter(in_question).map(Workload::read).collect::<anyhow::Result<Vec<_>>>()?;
+        let workloads: Vec<Workload> = match &now {
+            // An object of a cluster doesn't say whether it is admitted: what admits is there to be asked.
+            Some(now) => workloads.into_iter().map(|it| Workload { admitted: now.admits(&it).is_ok(), ..it }).collect(),
+            None => workloads,
+        };
         let changes: Vec<Change> = workloads.iter().filter_map(|workload| admission.change(workload)).collect();
         let code = if changes.is_empty() { 0 } else { WOULD_CHANGE };
         Ok(Outcome { out: self.say(&changes, workloads.len()), notes, code })
     }
 
-    fn live(&self, socket: &Socket) -> anyhow::Result<Vec<Value>> {
-        let Some(file) = &self.workloads else { return socket.workloads() };
+    /// The workloads, and of a cluster what admits them now.
+    fn live(&self, access: &Access) -> anyhow::Result<(Vec<Value>, Option<Admission>)> {
+        let Some(file) = &self.workloads else {
+            return Ok(match access.plane()? {
+                Plane::Socket(socket) => (socket.workloads()?, None),
+                Plane::Cluster(cluster) => {
+                    let namespace = self.namespace.as_deref();
+                    let now = manifests::of_cluster(&cluster, namespace)?.admission();
+                    (cluster.list(&WARS, namespace)?, Some(now))
+                }
+            });
+        };
         let text = manifests::read_file(file)?;
         let list: Value = serde_json::from_str(&text).with_context(|| format!("{} isn't JSON", file.display()))?;
         let items = list.get("items").unwrap_or(&list).as_array().cloned();
-        items.with_context(|| format!("{} isn't a list of WorkloadAutoRegistrations", file.display()))
+        let items = items.with_context(|| format!("{} isn't a list of WorkloadAutoRegistrations", file.display()))?;
+        Ok((items, None))
     }
 
     fn say(&self, changes: &[Change], live: usize) -> String {
@@ -174,16 +200,19 @@ impl Admission {
         let group = group.ok_or_else(|| vec![self.no_group(&workload.group, false)])?;
         let verdict = self.verdict(&workload.identity, group);
         let (policy, _) = verdict.allowed.ok_or(verdict.reasons)?;
-        match &workload.identity {
-            Identity::Jwt(jwt) if !self.planes.is_empty() && !self.lists(jwt.issuer.stated()) => Err(vec![format!(
-                "the ControlPlane doesn't list the issuer {:?}, so its token isn't renewed",
-                jwt.issuer.stated()
-            )]),
-            _ => Ok(policy),
+        match self.unlisted_issuer(&workload.identity) {
+            Some(why) => Err(vec![why]),
+            None => Ok(policy),
         }
     }
 
-    fn lists(&self, issuer: &str) -> bool {
-        self.planes.iter().flat_map(|plane| &plane.issuers).any(|listed| listed.issuer == issuer)
+    /// Why the plane of these manifests takes no token of this identity's issuer.
+    pub fn unlisted_issuer(&self, identity: &Identity) -> Option<String> {
+        let Identity::Jwt(jwt) = identity else { return None };
+        let issuer = jwt.issuer.stated();
+        let is_listed = self.planes.iter().flat_map(|plane| &plane.issuers).any(|listed| listed.issuer == *issuer);
+        (!self.planes.is_empty() && !is_listed).then(|| {
+            format!("the ControlPlane doesn't list the issuer {issuer:?}, so its token isn't taken or renewed")
+        })
     }
 }

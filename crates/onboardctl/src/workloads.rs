@@ -1,7 +1,8 @@
-//! `onboardctl workloads`: the live registrations of a plane, and how to delete one.
+//! `onboardctl workloads`: the live registrations of a plane or a cluster, and how to delete one.
 
 use crate::outcome::{Outcome, json, printable};
-use crate::socket::Socket;
+use crate::plane::objects::WARS;
+use crate::plane::{Access, Plane};
 use anyhow::{bail, ensure};
 use jiff::Timestamp;
 use onboarding_core::name::{RegistrationName, is_resource_name};
@@ -16,15 +17,19 @@ use std::fmt::Write;
   onboardctl workloads -o json --data-dir /srv/onboarding
   onboardctl workloads delete bookinfo/ratings-jwt-my-corp--vm007
 
+  onboardctl workloads --context production -A
+
 The table has the columns of kubectl get war: NAME, AGENT CONNECTED, AGE. Where more than
 one namespace is listed, and with -A, each line begins with its NAMESPACE.
+In a cluster the namespace is that of the context where neither -n nor -A is given; of a
+standalone plane all are listed.
 
 Exit codes: 0; 1 where the plane can't be asked, or there is no such workload.")]
 pub struct Workloads {
     #[command(subcommand)]
     verb: Option<Verb>,
-    /// Only of this namespace [default: of all]
-    #[arg(short, long, global = true, value_name = "NAMESPACE")]
+    /// Only of this namespace
+    #[arg(short, long, global = true, value_name = "NAMESPACE", value_parser = crate::cli::namespace)]
     namespace: Option<String>,
     /// Of all namespaces, each line with its own
     #[arg(short = 'A', long, conflicts_with = "namespace")]
@@ -50,25 +55,35 @@ enum Verb {
   onboardctl workloads delete bookinfo/ratings-jwt-my-corp--vm007
 
 The entry leaves the mesh and the session ends. A host that a policy still admits comes back
-by itself. Also a registration that has ended already can be named: its key is forgotten.")]
+by itself. Of a standalone plane also a registration that has ended already can be named: its
+key is forgotten. In a cluster it is the same as kubectl delete war.")]
     Delete {
-        /// NAMESPACE/NAME, or NAME with -n
+        /// NAMESPACE/NAME, or NAME with -n; in a cluster, NAME alone is in the context's namespace
         #[arg(required = true, value_name = "NAMESPACE/NAME")]
         names: Vec<String>,
     },
 }
 
 impl Workloads {
-    pub fn run(&self, socket: &Socket) -> anyhow::Result<Outcome> {
+    pub fn run(&self, access: &Access) -> anyhow::Result<Outcome> {
+        let plane = access.plane()?;
         match &self.verb {
-            Some(Verb::Delete { names }) => self.delete(socket, names),
-            None => self.list(socket, Timestamp::now()),
+            Some(Verb::Delete { names }) => self.delete(&plane, names),
+            None => self.list(&plane, Timestamp::now()),
         }
     }
 
-    fn list(&self, socket: &Socket, now: Timestamp) -> anyhow::Result<Outcome> {
-        let mut items = socket.workloads()?;
-        if let Some(namespace) = &self.namespace {
+    fn list(&self, plane: &Plane, now: Timestamp) -> anyhow::Result<Outcome> {
+        let namespace = match plane {
+            _ if self.all_namespaces => None,
+            Plane::Cluster(cluster) => Some(self.namespace.as_deref().unwrap_or(cluster.namespace())),
+            Plane::Socket(_) => self.namespace.as_deref(),
+        };
+        let mut items = match plane {
+            Plane::Socket(socket) => socket.workloads()?,
+            Plane::Cluster(cluster) => cluster.list(&WARS, namespace)?,
+        };
+        if let Some(namespace) = namespace {
             items.retain(|item| text(item, "/metadata/namespace") == namespace);
         }
         let place =
@@ -79,7 +94,7 @@ impl Workloads {
             Output::Json => Outcome::text(json(&list(items))),
             Output::Yaml => Outcome::text(serde_yaml_ng::to_string(&list(items))?),
             Output::Table | Output::Wide if items.is_empty() => {
-                let place = self.namespace.as_ref().map(|it| format!(" in the namespace {it}")).unwrap_or_default();
+                let place = namespace.map(|it| format!(" in the namespace {it}")).unwrap_or_default();
                 Outcome { notes: vec![format!("No workloads are registered{place}.")], ..Outcome::default() }
             }
             Output::Table | Output::Wide => {
@@ -93,39 +108,38 @@ impl Workloads {
     }
 
     /// Names are read before the first registration is deleted.
-    fn delete(&self, socket: &Socket, names: &[String]) -> anyhow::Result<Outcome> {
-        let names = names.iter().map(|name| self.registration(name)).collect::<anyhow::Result<Vec<_>>>()?;
+    fn delete(&self, plane: &Plane, names: &[String]) -> anyhow::Result<Outcome> {
+        let default = match plane {
+            Plane::Cluster(cluster) => Some(self.namespace.as_deref().unwrap_or(cluster.namespace())),
+            Plane::Socket(_) => self.namespace.as_deref(),
+        };
+        let names = names.iter().map(|name| self.registration(name, default)).collect::<anyhow::Result<Vec<_>>>()?;
         let mut outcome = Outcome::default();
         for name in names {
-            let path = format!("/v1/workloads/{}/{}", name.namespace, name.name);
-            let answer = match socket.delete(&path) {
-                Ok(answer) => answer,
+            match delete_one(plane, &name) {
+                Ok(said) => {
+                    let _ = writeln!(outcome.out, "{name} {said}");
+                }
                 // What was done before isn't lost to whoever reads this.
                 Err(error) => {
                     outcome.notes.push(format!("onboardctl: deleting {name}: {error:#}"));
                     outcome.code = crate::outcome::FAILED;
-                    continue;
                 }
-            };
-            let is = |field: &str| answer.get(field).and_then(Value::as_bool).unwrap_or(false);
-            let said = match (is("deleted"), is("keyForgotten")) {
-                (true, _) => "deleted; its host may come back, also with another key",
-                (false, true) => "had ended already; its key is forgotten, so its host may come with another",
-                (false, false) => "had ended already, and no key was remembered",
-            };
-            let _ = writeln!(outcome.out, "{name} {said}");
+            }
         }
         Ok(outcome)
     }
 
-    fn registration(&self, text: &str) -> anyhow::Result<RegistrationName> {
+    fn registration(&self, text: &str, default: Option<&str>) -> anyhow::Result<RegistrationName> {
         let (namespace, name) = match (text.split_once('/'), &self.namespace) {
             (Some((namespace, _)), Some(other)) if namespace != other => {
                 bail!("{text} isn't of the namespace {other}, which -n names")
             }
             (Some((namespace, name)), _) => (namespace, name),
-            (None, Some(namespace)) => (namespace.as_str(), text),
-            (None, None) => bail!("{text}: name its namespace too, as in bookinfo/{text} or with -n bookinfo"),
+            (None, _) => match default {
+                Some(namespace) => (namespace, text),
+                None => bail!("{text}: name its namespace too, as in bookinfo/{text} or with -n bookinfo"),
+            },
         };
         for part in [namespace, name] {
             ensure!(
@@ -134,6 +148,26 @@ impl Workloads {
             );
         }
         Ok(RegistrationName { namespace: namespace.to_owned(), name: name.to_owned() })
+    }
+}
+
+/// What is said of it.
+fn delete_one(plane: &Plane, name: &RegistrationName) -> anyhow::Result<&'static str> {
+    const DELETED: &str = "deleted; its host may come back, also with another key";
+    match plane {
+        Plane::Cluster(cluster) => match cluster.delete(&WARS, &name.namespace, &name.name)? {
+            true => Ok(DELETED),
+            false => bail!("there is no registration {name}; onboardctl workloads -A lists those that there are"),
+        },
+        Plane::Socket(socket) => {
+            let answer = socket.delete(&format!("/v1/workloads/{}/{}", name.namespace, name.name))?;
+            let is = |field: &str| answer.get(field).and_then(Value::as_bool).unwrap_or(false);
+            Ok(match (is("deleted"), is("keyForgotten")) {
+                (true, _) => DELETED,
+                (false, true) => "had ended already; its key is forgotten, so its host may come with another",
+                (false, false) => "had ended already, and no key was remembered",
+            })
+        }
     }
 }
 

@@ -133,7 +133,7 @@ fn a_terminal_obeys_nothing_of_the_input() {
 #[test]
 fn wrong_usage_is_1_and_help_is_an_answer() {
     let dir = Dir::new();
-    dir.run(&["lint"]).is(1).silent().complains("Usage:");
+    dir.run(&["lint"]).is(1).silent().complains("name files or directories of manifests").complains("--cluster");
     dir.run(&["lnit", "."]).is(1).silent();
     dir.run(&[]).is(1).silent().complains("Usage:");
     for verb in ["lint", "explain", "plan", "attest", "workloads", "status", "completions"] {

@@ -43,11 +43,19 @@ impl Dir {
     }
 
     pub fn run_with(&self, arguments: &[&str], stdin: &str, environment: &[(&str, &Path)]) -> Ended {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_onboardctl"))
+        self.run_as(Path::new(env!("CARGO_BIN_EXE_onboardctl")), arguments, stdin, environment)
+    }
+
+    /// The binary by another name, such as that of kubectl's plugin.
+    pub fn run_as(&self, program: &Path, arguments: &[&str], stdin: &str, environment: &[(&str, &Path)]) -> Ended {
+        let mut child = Command::new(program)
             .args(arguments)
             .current_dir(self.0.path())
             .env_remove("ONBOARDING_ADMIN_SOCKET")
             .env_remove("ONBOARDING_DATA_DIR")
+            .env_remove("KUBECONFIG")
+            .env_remove("KUBERNETES_SERVICE_HOST")
+            .env("HOME", self.0.path())
             .envs(environment.iter().copied())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

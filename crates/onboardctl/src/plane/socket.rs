@@ -13,32 +13,48 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 
 /// Where the plane is
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 pub struct Socket {
     /// The plane's admin socket [env: ONBOARDING_ADMIN_SOCKET=] [default: admin.sock in the data directory]
-    #[arg(long, global = true, value_name = "PATH", help_heading = "For workloads, status and plan")]
+    #[arg(long, global = true, value_name = "PATH", help_heading = "Of a standalone plane")]
     socket: Option<PathBuf>,
     /// The plane's data directory [env: ONBOARDING_DATA_DIR=] [default: /var/lib/onboarding-plane]
-    #[arg(long, global = true, value_name = "DIR", help_heading = "For workloads, status and plan")]
+    #[arg(long, global = true, value_name = "DIR", help_heading = "Of a standalone plane")]
     data_dir: Option<PathBuf>,
 }
 
 const DATA_DIR: &str = "/var/lib/onboarding-plane";
 const NAME: &str = "admin.sock";
+/// The socket; the data directory.
+const VARIABLES: [&str; 2] = ["ONBOARDING_ADMIN_SOCKET", "ONBOARDING_DATA_DIR"];
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 /// A hundred thousand registrations have less.
 const LARGEST_ANSWER: usize = 512 << 20;
 
 impl Socket {
+    /// On the command line.
+    pub fn is_given(&self) -> bool {
+        self.socket.is_some() || self.data_dir.is_some()
+    }
+
+    /// On the command line or in the environment.
+    pub fn is_named(&self) -> bool {
+        self.is_given() || VARIABLES.iter().any(|name| set(name).is_some())
+    }
+
+    /// Also one that this user may not open.
+    pub fn is_there(&self) -> bool {
+        !matches!(self.path().symlink_metadata(), Err(error) if error.kind() != io::ErrorKind::PermissionDenied)
+    }
+
     /// What the command line says goes before what the environment says.
-    fn path(&self) -> PathBuf {
-        let set = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    pub fn path(&self) -> PathBuf {
         let below = |dir: PathBuf| dir.join(NAME);
         self.socket
             .clone()
             .or_else(|| self.data_dir.clone().map(below))
-            .or_else(|| set("ONBOARDING_ADMIN_SOCKET"))
-            .or_else(|| set("ONBOARDING_DATA_DIR").map(below))
+            .or_else(|| set(VARIABLES[0]))
+            .or_else(|| set(VARIABLES[1]).map(below))
             .unwrap_or_else(|| below(DATA_DIR.into()))
     }
 
@@ -107,12 +123,16 @@ async fn exchange(socket: &Path, method: Method, path: &str) -> anyhow::Result<(
     Ok((status, body.to_bytes()))
 }
 
+fn set(variable: &str) -> Option<PathBuf> {
+    env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from)
+}
+
 fn way_out(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::PermissionDenied => "only the plane's user may ask it: run this as that user or as root (sudo)",
         io::ErrorKind::ConnectionRefused => "no plane listens there: it was killed, or isn't up yet",
         _ => {
-            "is a standalone plane running on this machine? Name its data directory with --data-dir, or the socket with --socket; in a cluster use kubectl get war"
+            "is a standalone plane running on this machine? Name its data directory with --data-dir, or the socket with --socket; one in a cluster is asked with --kubeconfig or --context"
         }
     }
 }
