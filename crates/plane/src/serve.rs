@@ -71,7 +71,8 @@ async fn serve(
         onboarding_endpoint::start(options, backend, attestors, &mut metrics, readiness.clone(), stop.clone()).await?;
     tasks.extend(repository.map(|options| {
         let metrics = onboarding_repository::Metrics::register(&mut metrics);
-        let (readiness, stop) = (readiness.clone(), stop.clone());
+        // Of its own: agents join whether packages can be had or not.
+        let (readiness, stop) = (Readiness::default(), stop.clone());
         tokio::spawn(async move {
             let ended =
                 onboarding_repository::serve_while_enabled(options, config, metrics, readiness, stop.clone()).await;
