@@ -326,7 +326,7 @@ fn end_leftover(pid_file: &Path, options: &Options) {
     // SIGKILL takes effect when the kernel comes to it, and the listeners' ports are free after that. That is milliseconds; the agent
     // has nothing else to do before its sidecar starts.
     for _ in 0..400 {
-        if !is_ours(pid, started, options) {
+        if !is_anybody_of(raw) {
             return;
         }
         std::thread::sleep(Duration::from_millis(5));
@@ -349,11 +349,39 @@ fn is_ours(pid: u32, started: &str, options: &Options) -> bool {
         && link("cwd") == directory
 }
 
-/// In clock ticks since the machine's start (proc(5), field 22 of `stat`).
+/// Whether a process of this group still holds what it had open. One that was killed loses its `/proc/<pid>/exe` before its sockets are
+/// closed, and is a zombie without further threads only after that.
+fn is_anybody_of(group: i32) -> bool {
+    let Ok(processes) = std::fs::read_dir("/proc") else { return false };
+    let pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter_map(stat)
+        .any(|stat| stat.group == group.to_string() && !(matches!(stat.state.as_str(), "Z" | "X") && stat.threads <= 1))
+}
+
 fn start_time(pid: u32) -> Option<String> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    Some(stat(pid)?.started)
+}
+
+/// Of proc(5), `stat`.
+struct Stat {
+    /// Field 3.
+    state: String,
+    /// Field 5.
+    group: String,
+    /// Field 20.
+    threads: u64,
+    /// Field 22, in clock ticks since the machine's start.
+    started: String,
+}
+
+fn stat(pid: u32) -> Option<Stat> {
+    let text = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+    let text = String::from_utf8_lossy(&text);
     // The command, in parentheses, may have any bytes in it.
-    Some(stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.to_owned())
+    let fields: Vec<_> = text.rsplit_once(')')?.1.split_whitespace().collect();
+    // The first after the command is field 3.
+    let field = |number: usize| fields.get(number - 3).map(|field| (*field).to_owned());
+    Some(Stat { state: field(3)?, group: field(5)?, threads: field(20)?.parse().ok()?, started: field(22)? })
 }
 
 #[cfg(test)]

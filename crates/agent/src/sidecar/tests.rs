@@ -466,12 +466,7 @@ async fn dropping_kills_it_and_what_a_killed_agent_left_is_ended() {
     let mut orphan = orphan.unwrap();
     let orphan_pid = orphan.id().unwrap();
     let admin = super::admin::Admin::new(world.options.admin);
-    for _ in 0..4000 {
-        if admin.ready().await.is_ok() {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    becomes(async || admin.ready().await.is_ok(), "the orphan is live").await;
     let stat = std::fs::read_to_string(format!("/proc/{orphan_pid}/stat")).unwrap();
     let started = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(19).unwrap().to_owned();
 
@@ -508,10 +503,8 @@ async fn a_drain_lets_requests_end_and_loses_none() {
         sidecar.drain(WITHIN).await;
         sidecar
     });
-    while admin.in_flight().await.unwrap().total < before + 20 {
-        assert!(begun.elapsed() < WITHIN, "it serves nobody while it drains");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    let served = async || admin.in_flight().await.unwrap().total >= before + 20;
+    becomes(served, "it serves while it drains").await;
     let outcome = load.stop().await;
     assert!(outcome.sent > 5 && outcome.failed == 0, "{outcome:?}");
     let sidecar = drain.await.unwrap();
@@ -557,12 +550,8 @@ async fn a_new_certificate_is_served_without_a_restart_and_a_bad_one_is_not() {
     assert_eq!(shown(&world).await.unwrap(), "spiffe://cluster.local/ns/bookinfo/sa/one");
 
     sidecar.rotate(world.ca.identity("spiffe://cluster.local/ns/bookinfo/sa/two")).await;
-    for _ in 0..1000 {
-        if shown(&world).await.as_deref() == Ok("spiffe://cluster.local/ns/bookinfo/sa/two") {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    let rotated = async || shown(&world).await.as_deref() == Ok("spiffe://cluster.local/ns/bookinfo/sa/two");
+    becomes(rotated, "the new certificate is shown").await;
     assert_eq!(shown(&world).await.unwrap(), "spiffe://cluster.local/ns/bookinfo/sa/two");
 
     let mut bad = world.ca.identity("spiffe://cluster.local/ns/bookinfo/sa/three");
@@ -668,21 +657,21 @@ fn calls(world: &World) -> Calls {
 
 /// Until a request is.
 async fn in_flight(admin: &super::admin::Admin) {
-    let begun = std::time::Instant::now();
-    while admin.in_flight().await.unwrap().active == 0 {
-        assert!(begun.elapsed() < WITHIN, "no request arrived");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    becomes(async || admin.in_flight().await.unwrap().active > 0, "a request arrives").await;
 }
 
 async fn until(condition: impl Fn() -> bool) {
-    for _ in 0..4000 {
-        if condition() {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
+    becomes(async || condition(), "it comes true").await;
+}
+
+/// Waits until it is so; the interval is how often it is looked.
+async fn becomes(condition: impl AsyncFn() -> bool, what: &str) {
+    let begun = std::time::Instant::now();
+    let mut look = tokio::time::interval(Duration::from_millis(5));
+    while !condition().await {
+        assert!(begun.elapsed() < WITHIN, "not within {WITHIN:?}: {what}");
+        look.tick().await;
     }
-    panic!("it didn't come true");
 }
 
 fn runs(pid: i32) -> bool {
