@@ -1,5 +1,9 @@
 //! What the endpoint needs of the world it runs in. `standalone` has it as files and SQLite, `kubernetes` as an API server and istiod.
 
+mod publish;
+
+pub use publish::FaultLog;
+
 use async_trait::async_trait;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
@@ -18,7 +22,7 @@ use tokio::sync::watch;
 /// What was configured at one moment: replaced whole, never changed.
 #[derive(Debug, Default)]
 pub struct Snapshot {
-    /// Counts the changes.
+    /// Counts the changes; given by [`Snapshot::publish`].
     pub generation: u64,
     /// `spec.meshExpansion.onboarding` of the ControlPlane; `None`: onboarding isn't enabled, and why.
     pub plane: Option<Arc<PlaneSettings>>,

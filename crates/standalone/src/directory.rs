@@ -8,7 +8,7 @@ use assemble::{Assembled, Files};
 use notify::event::{AccessKind, AccessMode};
 use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use onboarding_core::policy::PolicySet;
-use onboarding_endpoint::backend::{ConfigSource, Snapshot};
+use onboarding_endpoint::backend::{ConfigSource, FaultLog, Snapshot};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use std::collections::BTreeSet;
@@ -59,8 +59,8 @@ impl ManifestDirectory {
             files: Files::default(),
             assembled: Assembled::default(),
             watches: Watches::new(root, changed.clone()),
-            generation: 0,
-            published: Published::default(),
+            policies: Arc::default(),
+            said: FaultLog::default(),
             directory: directory.clone(),
             metrics: Metrics::register(metrics),
             own_faults: others.own,
@@ -127,19 +127,11 @@ struct Reader {
     files: Files,
     assembled: Assembled,
     watches: Watches,
-    generation: u64,
-    published: Published,
+    policies: Arc<PolicySet>,
+    said: FaultLog,
     directory: Arc<ManifestDirectory>,
     metrics: Metrics,
     own_faults: Box<dyn Fn() -> Vec<String> + Send>,
-}
-
-/// What was said last, to say only what is new.
-#[derive(Default)]
-struct Published {
-    faults: BTreeSet<String>,
-    warnings: BTreeSet<String>,
-    policies: Arc<PolicySet>,
 }
 
 impl Reader {
@@ -154,11 +146,11 @@ impl Reader {
         }
         let assembled = self.files.assemble(scan, &self.uid);
         self.metrics.readings.inc();
-        if self.generation > 0 && assembled.policies == self.assembled.policies {
+        if self.directory.snapshot.borrow().generation > 0 && assembled.policies == self.assembled.policies {
             self.assembled = assembled;
             return;
         }
-        self.published.policies = Arc::new(PolicySet::compile(assembled.policies.clone()));
+        self.policies = Arc::new(PolicySet::compile(assembled.policies.clone()));
         self.assembled = assembled;
     }
 
@@ -168,38 +160,24 @@ impl Reader {
         faults.extend(self.watches.fault.clone());
         faults.extend((self.own_faults)());
         faults.extend_from_slice(mesh_faults);
-        self.published.say(&faults, &assembled.warnings);
+        self.said.say(&faults, &assembled.warnings);
         self.metrics.faults.set(faults.len() as i64);
         self.metrics.policy_unreadable.set(i64::from(assembled.policy_unreadable));
         self.metrics.stale_files.set(assembled.stale_files as i64);
 
         let next = Snapshot {
-            generation: self.generation + 1,
             plane: assembled.plane.clone().map(Arc::new),
             tls: assembled.tls.clone().map(Arc::new),
-            policies: self.published.policies.clone(),
+            policies: self.policies.clone(),
             groups: assembled.groups.iter().map(|(name, group)| (name.clone(), Arc::new(group.clone()))).collect(),
             policy_unreadable: assembled.policy_unreadable,
             faults,
+            ..Snapshot::default()
         };
-        let changed = self.directory.snapshot.send_if_modified(|held| {
-            let same = held.generation > 0
-                && held.plane == next.plane
-                && held.tls == next.tls
-                && Arc::ptr_eq(&held.policies, &next.policies)
-                && held.groups == next.groups
-                && held.policy_unreadable == next.policy_unreadable
-                && held.faults == next.faults;
-            if !same {
-                *held = Arc::new(next);
-            }
-            !same
-        });
-        if changed {
-            self.generation += 1;
-            self.metrics.generation.set(self.generation as i64);
+        if let Some(generation) = next.publish(&self.directory.snapshot) {
+            self.metrics.generation.set(generation as i64);
             tracing::info!(
-                generation = self.generation,
+                generation,
                 policies = assembled.policies.len(),
                 groups = assembled.groups.len(),
                 sidecars = assembled.mesh.sidecars.len(),
@@ -218,23 +196,6 @@ impl Reader {
 
     fn poll_interval(&self) -> Duration {
         if self.watches.fault.is_some() { POLL_UNWATCHED } else { POLL }
-    }
-}
-
-impl Published {
-    fn say(&mut self, faults: &[String], warnings: &[String]) {
-        let faults: BTreeSet<String> = faults.iter().cloned().collect();
-        let warnings: BTreeSet<String> = warnings.iter().cloned().collect();
-        for fault in faults.difference(&self.faults) {
-            tracing::error!(fault, "the configuration has a fault");
-        }
-        for fault in self.faults.difference(&faults) {
-            tracing::info!(fault, "a fault of the configuration is gone");
-        }
-        for warning in warnings.difference(&self.warnings) {
-            tracing::warn!(warning, "the configuration is allowed, but unwise");
-        }
-        (self.faults, self.warnings) = (faults, warnings);
     }
 }
 

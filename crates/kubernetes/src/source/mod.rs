@@ -36,13 +36,13 @@ use kube::{Api, Client};
 use objects::{Config, Kind, Objects, key};
 use onboarding_core::name::GroupName;
 use onboarding_core::policy::PolicySet;
-use onboarding_endpoint::backend::{ConfigSource, Snapshot};
+use onboarding_endpoint::backend::{ConfigSource, FaultLog, Snapshot};
 use onboarding_kinds::control_plane::ControlPlane;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
@@ -170,8 +170,7 @@ pub fn start(
         trouble: Trouble::default(),
         assembled: Assembled::default(),
         policies: Arc::default(),
-        generation: 0,
-        said: Said::default(),
+        said: FaultLog::default(),
         source: source.clone(),
         metrics: Metrics::register(metrics),
     };
@@ -320,15 +319,14 @@ struct Reader {
     trouble: Trouble,
     assembled: Assembled,
     policies: Arc<PolicySet>,
-    generation: u64,
-    said: Said,
+    said: FaultLog,
     source: Arc<ClusterSource>,
     metrics: Metrics,
 }
 
 impl Reader {
     fn take_in(&mut self, batch: Vec<Told>) {
-        let mut changed = self.generation == 0;
+        let mut changed = self.source.snapshot.borrow().generation == 0;
         for (tag, at, change) in batch {
             if tag.kind == Kind::Secret && tag.epoch != self.epoch {
                 continue;
@@ -405,7 +403,7 @@ impl Reader {
 
     fn assemble(&mut self) {
         let next = assemble(&self.objects, &self.trouble, &self.options.namespace, &self.assembled);
-        if self.generation == 0 || next.policies != self.assembled.policies {
+        if self.source.snapshot.borrow().generation == 0 || next.policies != self.assembled.policies {
             self.policies = Arc::new(PolicySet::compile(next.policies.clone()));
         }
         self.assembled = next;
@@ -422,32 +420,18 @@ impl Reader {
         replace(&self.source.inputs, &assembled.inputs);
         replace(&self.source.view, &assembled.view);
         let next = Snapshot {
-            generation: self.generation + 1,
             plane: assembled.plane.clone().map(Arc::new),
             tls: assembled.tls.clone().map(Arc::new),
             policies: self.policies.clone(),
             groups: assembled.groups.clone(),
             policy_unreadable: assembled.policy_unreadable,
             faults: assembled.faults.clone(),
+            ..Snapshot::default()
         };
-        let changed = self.source.snapshot.send_if_modified(|held| {
-            let same = held.generation > 0
-                && held.plane == next.plane
-                && held.tls == next.tls
-                && Arc::ptr_eq(&held.policies, &next.policies)
-                && held.groups == next.groups
-                && held.policy_unreadable == next.policy_unreadable
-                && held.faults == next.faults;
-            if !same {
-                *held = Arc::new(next);
-            }
-            !same
-        });
-        if changed {
-            self.generation += 1;
-            self.metrics.generation.set(self.generation as i64);
+        if let Some(generation) = next.publish(&self.source.snapshot) {
+            self.metrics.generation.set(generation as i64);
             tracing::info!(
-                generation = self.generation,
+                generation,
                 policies = assembled.policies.len(),
                 groups = assembled.groups.len(),
                 policy_unreadable = assembled.policy_unreadable,
@@ -465,30 +449,6 @@ fn replace<T: Clone + PartialEq>(held: &watch::Sender<Arc<T>>, next: &T) {
         }
         differs
     });
-}
-
-/// What was said last, to say only what is new.
-#[derive(Default)]
-struct Said {
-    faults: BTreeSet<String>,
-    warnings: BTreeSet<String>,
-}
-
-impl Said {
-    fn say(&mut self, faults: &[String], warnings: &[String]) {
-        let faults: BTreeSet<String> = faults.iter().cloned().collect();
-        let warnings: BTreeSet<String> = warnings.iter().cloned().collect();
-        for fault in faults.difference(&self.faults) {
-            tracing::error!(fault, "the configuration has a fault");
-        }
-        for fault in self.faults.difference(&faults) {
-            tracing::info!(fault, "a fault of the configuration is gone");
-        }
-        for warning in warnings.difference(&self.warnings) {
-            tracing::warn!(warning, "the configuration is allowed, but unwise");
-        }
-        (self.faults, self.warnings) = (faults, warnings);
-    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
