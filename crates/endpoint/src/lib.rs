@@ -2,6 +2,7 @@
 //!
 //! What it needs of the world are the traits of [`backend`]; Kubernetes, Istio, SQLite and manifests' files never come in here.
 
+pub mod accept;
 mod admin;
 pub mod audit;
 mod authority;

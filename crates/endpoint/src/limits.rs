@@ -118,20 +118,20 @@ pub(crate) fn exhausted(why: &str, wait: Duration) -> Status {
     status
 }
 
-/// How many connections each address has, for every listener of ours.
+/// How many connections each address has.
 #[derive(Debug, Clone)]
-pub struct Addresses {
+pub(crate) struct Addresses {
     most: usize,
     counts: Arc<Mutex<HashMap<IpAddr, usize>>>,
 }
 
 impl Addresses {
-    pub fn new(most: usize) -> Self {
+    pub(crate) fn new(most: usize) -> Self {
         Self { most, counts: Arc::default() }
     }
 
     /// `None`: this address has as many as it may.
-    pub fn enter(&self, peer: IpAddr) -> Option<AddressGuard> {
+    pub(crate) fn enter(&self, peer: IpAddr) -> Option<AddressGuard> {
         let address = counted_as(peer);
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         let count = counts.entry(address).or_default();
@@ -145,7 +145,7 @@ impl Addresses {
 
 /// One connection, counted for as long as this lives.
 #[derive(Debug)]
-pub struct AddressGuard {
+pub(crate) struct AddressGuard {
     address: IpAddr,
     counts: Arc<Mutex<HashMap<IpAddr, usize>>>,
 }

@@ -1,8 +1,9 @@
 //! The way in: TCP, TLS 1.2 or later, HTTP/2; each step bounded in number and time. Never plain text.
 
+use crate::accept::{Place, Room, accept};
 use crate::authority::Authority;
 use crate::connection::Connection;
-use crate::limits::{AddressGuard, Addresses, Limits};
+use crate::limits::Limits;
 use crate::metrics::Why;
 use hyper::server::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -10,17 +11,13 @@ use hyper_util::service::TowerToHyperService;
 use onboarding_runtime::shutdown::Drain;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tower::ServiceExt;
-
-/// Before the next try where a connection can't be accepted.
-const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
 
 /// Accepts connections until `stop`.
 pub(crate) struct Listener {
@@ -32,40 +29,15 @@ pub(crate) struct Listener {
     pub(crate) drain: Drain,
 }
 
-/// What a connection holds for as long as it is open.
-type Place = (OwnedSemaphorePermit, AddressGuard);
-
 impl Listener {
     pub(crate) async fn run(self, stop: CancellationToken) {
-        let connections = Arc::new(Semaphore::new(self.limits.connections));
-        let addresses = Addresses::new(self.limits.connections_per_address);
         let handshakes = Arc::new(Semaphore::new(self.limits.handshakes));
+        let room = Room { connections: self.limits.connections, per_address: self.limits.connections_per_address };
         let this = Arc::new(self);
-        loop {
-            let permit = tokio::select! {
-                () = stop.cancelled() => return,
-                // Never closed.
-                permit = connections.clone().acquire_owned() => match permit { Ok(permit) => permit, Err(_) => return },
-            };
-            let accepted = tokio::select! {
-                () = stop.cancelled() => return,
-                accepted = this.tcp.accept() => accepted,
-            };
-            match accepted {
-                Ok((stream, peer)) => match addresses.enter(peer.ip()) {
-                    Some(guard) => {
-                        let place = (permit, guard);
-                        tokio::spawn(this.clone().connection(stream, peer, place, handshakes.clone(), stop.clone()));
-                    }
-                    None => this.failed("too_many_of_address"),
-                },
-                Err(error) => {
-                    // Out of file descriptors, mostly: those who have a connection go on.
-                    tracing::error!(%error, "a connection can't be accepted");
-                    tokio::time::sleep(ACCEPT_AGAIN_AFTER).await;
-                }
-            }
-        }
+        let enter = |stream, peer, place| {
+            tokio::spawn(this.clone().connection(stream, peer, place, handshakes.clone(), stop.clone()));
+        };
+        accept(&this.tcp, room, &stop, enter, || this.failed("too_many_of_address")).await;
     }
 
     fn failed(&self, reason: &'static str) {

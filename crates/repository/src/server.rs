@@ -7,7 +7,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use onboarding_endpoint::limits::{AddressGuard, Addresses};
+use onboarding_endpoint::accept::{Place, Room, accept};
 use onboarding_runtime::shutdown::Drain;
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -15,7 +15,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
@@ -55,8 +54,6 @@ impl Default for Limits {
     }
 }
 
-/// Before the next try where a connection can't be accepted.
-const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
 /// Bytes of one answer that are ready to be sent before more are read.
 const BUFFER: usize = 128 << 10;
 /// What the kernel takes of that ahead of the network.
@@ -76,46 +73,19 @@ pub(crate) struct Server {
 
 impl Server {
     pub(crate) async fn run(self, stop: CancellationToken) {
-        let connections = Arc::new(Semaphore::new(self.limits.connections));
-        let addresses = Addresses::new(self.limits.connections_per_address);
+        let room = Room { connections: self.limits.connections, per_address: self.limits.connections_per_address };
         let this = Arc::new(self);
-        loop {
-            let permit = tokio::select! {
-                () = stop.cancelled() => return,
-                // Never closed.
-                permit = connections.clone().acquire_owned() => match permit { Ok(permit) => permit, Err(_) => return },
-            };
-            let accepted = tokio::select! {
-                () = stop.cancelled() => return,
-                accepted = this.tcp.accept() => accepted,
-            };
-            match accepted {
-                Ok((stream, peer)) => match addresses.enter(peer.ip()) {
-                    Some(guard) => {
-                        tokio::spawn(this.clone().connection(stream, peer, (permit, guard), stop.clone()));
-                    }
-                    None => this.metrics().failed("too_many_of_address"),
-                },
-                Err(error) => {
-                    // Out of file descriptors, mostly: those who have a connection go on.
-                    tracing::error!(%error, "a connection can't be accepted");
-                    tokio::time::sleep(ACCEPT_AGAIN_AFTER).await;
-                }
-            }
-        }
+        let enter = |stream, peer, place| {
+            tokio::spawn(this.clone().connection(stream, peer, place, stop.clone()));
+        };
+        accept(&this.tcp, room, &stop, enter, || this.metrics().failed("too_many_of_address")).await;
     }
 
     fn metrics(&self) -> &Metrics {
         &self.service.metrics
     }
 
-    async fn connection(
-        self: Arc<Self>,
-        stream: TcpStream,
-        peer: SocketAddr,
-        _place: (OwnedSemaphorePermit, AddressGuard),
-        stop: CancellationToken,
-    ) {
+    async fn connection(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, _place: Place, stop: CancellationToken) {
         let _drain = self.drain.guard();
         // Options that can't be set change only the speed.
         let _ = stream.set_nodelay(true);
