@@ -1,8 +1,8 @@
 //! A mesh of Istio around a plane: API server and istiod on one machine, an Istio gateway on another, nothing of it pretended.
 
 use crate::world::{ENDPOINT, envoy};
-use anyhow::Context;
 use onboarding_testkit::cluster::{Cluster, Istiod, Options};
+use onboarding_testkit::gateway;
 use onboarding_testkit::netns::{Lab, Machine};
 use onboarding_testkit::process::Process;
 use std::net::Ipv4Addr;
@@ -60,56 +60,9 @@ impl Mesh {
     }
 }
 
-/// `pilot-agent proxy router`, as the Deployment `vmgateway` would run it.
+/// Starts it, and waits until istiod has told it of the way in.
 fn start_gateway(cluster: &Cluster, istiod: Istiod, machine: &Machine) -> anyhow::Result<Process> {
-    let directory = machine.directory().join("gateway");
-    let write = |path: &str, text: &str| -> anyhow::Result<()> {
-        let path = directory.join(path);
-        std::fs::create_dir_all(path.parent().context("a file has a directory")?)?;
-        Ok(std::fs::write(path, text)?)
-    };
-    let token = cluster.kubectl(["create", "token", "vmgateway", "-n", "istio-system", "--audience=istio-ca"])?;
-    let root = cluster.kubectl([
-        "get",
-        "configmap",
-        "istio-ca-root-cert",
-        "-n",
-        "istio-system",
-        "-o",
-        "jsonpath={.data.root-cert\\.pem}",
-    ])?;
-    write("var/run/secrets/tokens/istio-token", token.trim())?;
-    write("var/run/secrets/istio/root-cert.pem", &root)?;
-    write("etc/certs/root-cert.pem", &root)?;
-    let template = std::fs::read_to_string(cluster.binary("envoy_bootstrap_tmpl.json"))?;
-    write("var/lib/istio/envoy/envoy_bootstrap_tmpl.json", &template)?;
-    let config = format!(
-        "discoveryAddress: {}\nbinaryPath: {}\nproxyBootstrapTemplatePath: ./var/lib/istio/envoy/envoy_bootstrap_tmpl.json\nstatusPort: 15020\n",
-        istiod.secure,
-        envoy()?.display()
-    );
-    // Entering a machine leaves the working directory behind.
-    let mut command = machine.command("sh");
-    command
-        .args(["-c", r#"cd "$0" && exec "$@""#])
-        .arg(&directory)
-        .arg(cluster.binary("pilot-agent"))
-        .args(["proxy", "router", "--domain", "istio-system.svc.cluster.local", "--log_output_level=default:warn"])
-        .envs([
-            ("INSTANCE_IP", machine.address().to_string().as_str()),
-            ("POD_NAME", "vmgateway-test"),
-            ("POD_NAMESPACE", "istio-system"),
-            ("SERVICE_ACCOUNT", "vmgateway"),
-            ("TRUST_DOMAIN", "cluster.local"),
-            ("ISTIO_META_CLUSTER_ID", "Kubernetes"),
-            // Nobody is asked which cloud this is.
-            ("CLOUD_PLATFORM", "none"),
-            ("ISTIO_META_WORKLOAD_NAME", "vmgateway"),
-            ("ISTIO_METAJSON_LABELS", r#"{"istio":"vmgateway","app":"vmgateway"}"#),
-            ("ISTIOD_SAN", "istiod.istio-system.svc"),
-            ("PROXY_CONFIG", config.as_str()),
-        ]);
-    let process = Process::start("vmgateway", command, Some(&machine.directory().join("gateway.log")))?;
+    let process = gateway::start(cluster, istiod, machine, &envoy()?, None)?;
     crate::until::until("the gateway listens on 15443", Duration::from_secs(60), || {
         if let Some(status) = process.status() {
             return Ok(Err(anyhow::anyhow!("it ended ({status}):\n{}", process.tail())));

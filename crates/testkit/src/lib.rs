@@ -7,6 +7,7 @@
 pub mod application;
 pub mod cluster;
 pub mod cms;
+pub mod gateway;
 pub mod imds;
 pub mod netns;
 pub mod oidc;

@@ -1,0 +1,67 @@
+//! A real gateway of an Istio mesh: `pilot-agent proxy router`, as the Deployment `vmgateway` would run it in a pod.
+
+use crate::cluster::{Cluster, Istiod};
+use crate::netns::Machine;
+use crate::process::Process;
+use anyhow::Context;
+use std::path::Path;
+
+/// Starts it on a machine. The ServiceAccount `vmgateway` and the ConfigMap `istio-ca-root-cert` of `istio-system` must be there.
+/// `envoy`: a stock one. `network`: that of the pods behind it, if they have one of their own. Its output is in `gateway.log` of the machine.
+pub fn start(
+    cluster: &Cluster,
+    istiod: Istiod,
+    machine: &Machine,
+    envoy: &Path,
+    network: Option<&str>,
+) -> anyhow::Result<Process> {
+    let directory = machine.directory().join("gateway");
+    let write = |path: &str, text: &str| -> anyhow::Result<()> {
+        let path = directory.join(path);
+        std::fs::create_dir_all(path.parent().context("a file has a directory")?)?;
+        Ok(std::fs::write(path, text)?)
+    };
+    let token = cluster.kubectl(["create", "token", "vmgateway", "-n", "istio-system", "--audience=istio-ca"])?;
+    let root = "jsonpath={.data.root-cert\\.pem}";
+    let root = cluster.kubectl(["get", "configmap", "istio-ca-root-cert", "-n", "istio-system", "-o", root])?;
+    write("var/run/secrets/tokens/istio-token", token.trim())?;
+    write("var/run/secrets/istio/root-cert.pem", &root)?;
+    write("etc/certs/root-cert.pem", &root)?;
+    let template = std::fs::read_to_string(cluster.binary("envoy_bootstrap_tmpl.json"))?;
+    write("var/lib/istio/envoy/envoy_bootstrap_tmpl.json", &template)?;
+    let config = format!(
+        "discoveryAddress: {}\nbinaryPath: {}\nproxyBootstrapTemplatePath: ./var/lib/istio/envoy/envoy_bootstrap_tmpl.json\nstatusPort: 15020\n",
+        istiod.secure,
+        envoy.display()
+    );
+    let mut labels = serde_json::json!({ "istio": "vmgateway", "app": "vmgateway" });
+    if let Some(network) = network {
+        labels["topology.istio.io/network"] = network.into();
+    }
+    // Entering a machine leaves the working directory behind.
+    let mut command = machine.command("sh");
+    command
+        .args(["-c", r#"cd "$0" && exec "$@""#])
+        .arg(&directory)
+        .arg(cluster.binary("pilot-agent"))
+        .args(["proxy", "router", "--domain", "istio-system.svc.cluster.local", "--log_output_level=default:warn"])
+        .envs([
+            ("INSTANCE_IP", machine.address().to_string().as_str()),
+            ("POD_NAME", "vmgateway-test"),
+            ("POD_NAMESPACE", "istio-system"),
+            ("SERVICE_ACCOUNT", "vmgateway"),
+            ("TRUST_DOMAIN", "cluster.local"),
+            // Nobody is asked which cloud this is.
+            ("CLOUD_PLATFORM", "none"),
+            ("ISTIO_META_CLUSTER_ID", "Kubernetes"),
+            ("ISTIO_META_WORKLOAD_NAME", "vmgateway"),
+            ("ISTIO_METAJSON_LABELS", labels.to_string().as_str()),
+            ("ISTIOD_SAN", "istiod.istio-system.svc"),
+            ("PROXY_CONFIG", config.as_str()),
+        ]);
+    if let Some(network) = network {
+        // The first by injection, from the label; the second by the Deployment.
+        command.envs([("ISTIO_META_NETWORK", network), ("ISTIO_META_REQUESTED_NETWORK_VIEW", network)]);
+    }
+    Process::start("vmgateway", command, Some(&machine.directory().join("gateway.log")))
+}
