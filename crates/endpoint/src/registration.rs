@@ -110,8 +110,19 @@ fn check(report: &HostReport) -> Result<(), String> {
     for (key, value) in &report.labels {
         label_key(key).map_err(|problem| format!("registration.labels: {problem}"))?;
         label_value(value).map_err(|problem| format!("registration.labels: {problem}"))?;
+        if is_decided_by_the_mesh(key) {
+            return Err(format!(
+                "registration.labels: {key} is for the mesh to decide by, so a host can't give it to itself; set it in spec.template.labels of the WorkloadGroup"
+            ));
+        }
     }
     Ok(())
+}
+
+/// Labels of a workload by which istiod decides whether TLS is spoken with it, in which network and locality it is, and who configures it.
+fn is_decided_by_the_mesh(key: &str) -> bool {
+    ["security.istio.io/", "topology.istio.io/"].iter().any(|group| key.starts_with(group))
+        || ["istio.io/rev", "istio-locality"].contains(&key)
 }
 
 /// Whether an address could be that of a host in a network.
@@ -147,7 +158,7 @@ mod tests {
             change(&mut report);
             check(&report).unwrap_err()
         };
-        let cases: [(Change, &str); 8] = [
+        let cases: [(Change, &str); 12] = [
             (|it| it.agent_version = "a\nb".to_owned(), "registration.agent_version"),
             (|it| it.agent_version = "a".repeat(129), "registration.agent_version"),
             (|it| it.sidecar = SidecarReport::Envoy { version: "\u{1b}[1m".to_owned() }, "registration.sidecar.envoy"),
@@ -156,6 +167,16 @@ mod tests {
             (|it| it.addresses[0].ip = "::ffff:127.0.0.1".parse().unwrap(), "can't be reached"),
             (|it| drop(it.labels.insert("a b".to_owned(), "x".to_owned())), "is not a label key"),
             (|it| drop(it.labels.insert("a".to_owned(), "x y".to_owned())), "must be a label value"),
+            (
+                |it| drop(it.labels.insert("security.istio.io/tlsMode".to_owned(), "disabled".to_owned())),
+                "security.istio.io/tlsMode is for the mesh to decide by",
+            ),
+            (
+                |it| drop(it.labels.insert("topology.istio.io/network".to_owned(), "n".to_owned())),
+                "spec.template.labels",
+            ),
+            (|it| drop(it.labels.insert("istio.io/rev".to_owned(), "canary".to_owned())), "istio.io/rev is"),
+            (|it| drop(it.labels.insert("istio-locality".to_owned(), "a.b".to_owned())), "istio-locality is"),
         ];
         for (change, words) in cases {
             let said = changed(change);
