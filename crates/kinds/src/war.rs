@@ -1,6 +1,8 @@
 //! `runtime.onboarding.tetrate.io/v1alpha1` WorkloadAutoRegistration: what a registration looks like to people.
 
 pub mod lease;
+#[cfg(feature = "strategies")]
+pub mod strategies;
 
 use crate::identity::{self, Case};
 use crate::reader::Map;
