@@ -1,6 +1,6 @@
 //! What the agent does next: a pure function of what it knows, what happened, and when.
 //!
-//! The driver (`run`) turns the world into [`Event`]s, calls [`step`], and carries out the [`Effect`]s in order. Nothing here awaits,
+//! The driver (`run`) turns the world into [`Event`]s, calls [`step()`], and carries out the [`Effect`]s in order. Nothing here awaits,
 //! reads a clock, or rolls dice: the time to wait comes from [`Delays`].
 //!
 //! The sidecar's life and the session's are independent on purpose: a plane that stops, a connection that breaks and a token that
