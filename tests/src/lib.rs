@@ -4,8 +4,13 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, reason = "all of it is tests")]
 
 mod cloud;
+pub mod forward;
+pub mod installed;
 pub mod mesh;
+pub mod node;
 pub mod scenario;
+pub mod story;
 pub mod until;
 pub mod vm;
+pub mod walkthrough;
 pub mod world;

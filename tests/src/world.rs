@@ -1,12 +1,14 @@
 //! A plane, the clouds around it, and VMs: everything real but the clouds.
 
 use crate::cloud::Clouds;
+use crate::installed::Installed;
 use crate::mesh::Mesh;
 use crate::until::until;
 use crate::vm::{Evidence, Vm};
 use anyhow::{Context, ensure};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use onboarding_testkit::cluster::Cluster;
 use onboarding_testkit::netns::{Lab, Machine};
 use onboarding_testkit::process::{self, Process};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
@@ -32,6 +34,8 @@ pub struct Setup {
     pub data_size: Option<&'static str>,
     /// The plane is one of a cluster, the mesh Istio's, and VMs come in through its gateway.
     pub istio: bool,
+    /// A cluster in which nothing of onboarding is installed yet: no plane, no manifests, the way in to come from the operator.
+    pub installed: bool,
 }
 
 /// Machines and processes of one lab.
@@ -51,6 +55,8 @@ pub struct World {
     pair: Option<Pair>,
     /// Where [`Setup::istio`] asks for one.
     mesh: Option<Mesh>,
+    /// Where [`Setup::installed`] asks for one.
+    installed: Option<Installed>,
 }
 
 /// A VM of `ratings` on EC2 and one of `productpage` on premises, joined, that reach each other.
@@ -78,8 +84,18 @@ impl World {
             services: Vec::new(),
             pair: None,
             mesh: None,
+            installed: None,
         };
         world.write("company-ca.pem", &world.ca.certificate)?;
+        if world.setup.installed {
+            world.services = world.start_services(&world.ca)?;
+            let hosts = vec![(world.cloud.address(), "mycompany.corp".to_owned())];
+            let flags = world.cloud_flags().into_iter().chain(world.setup.plane_flags.iter().cloned());
+            let installed = Installed::start(lab, hosts, flags.collect())?;
+            world.plane_machine.add_host(installed.node().way_in(), ENDPOINT)?;
+            world.installed = Some(installed);
+            return Ok(world);
+        }
         if world.setup.istio {
             let mesh = Mesh::start(lab, world.plane_machine.address())?;
             mesh.cluster.apply(include_str!("../istio/accounts.yaml"))?;
@@ -114,7 +130,7 @@ impl World {
 
     /// A new certificate for the endpoint, put into the Secret as cert-manager does.
     pub fn renew_endpoint_certificate(&self) -> anyhow::Result<()> {
-        let (certificate, key) = self.ca.issue(&[ENDPOINT])?;
+        let (certificate, key) = self.issue_endpoint_certificate()?;
         self.write_manifest(
             "endpoint-certificate.yaml",
             &format!(
@@ -123,6 +139,11 @@ impl World {
                 STANDARD.encode(key)
             ),
         )
+    }
+
+    /// Certificate and key, PEM, of the company's CA.
+    pub fn issue_endpoint_certificate(&self) -> anyhow::Result<(String, String)> {
+        self.ca.issue(&[ENDPOINT])
     }
 
     pub fn manifests_dir(&self) -> PathBuf {
@@ -170,10 +191,10 @@ impl World {
 
     /// With a cluster, what happens to a manifest happens to its objects there.
     fn kubectl_with(&self, verb: &[&str], name: &str) -> anyhow::Result<()> {
-        let Some(mesh) = &self.mesh else { return Ok(()) };
+        let Some(cluster) = self.cluster() else { return Ok(()) };
         let file = self.manifests_dir().join(name);
         let file = file.to_str().context("a path that isn't text")?;
-        mesh.cluster.kubectl([verb, &["-f", file]].concat()).map(drop)
+        cluster.kubectl([verb, &["-f", file]].concat()).map(drop)
     }
 
     /// The mesh of Istio around this world.
@@ -181,8 +202,21 @@ impl World {
         self.mesh.as_ref().context("this world has no Istio")
     }
 
+    /// The cluster in which onboarding is installed by its operator.
+    pub fn installed(&self) -> anyhow::Result<&Installed> {
+        self.installed.as_ref().context("nothing is installed in this world")
+    }
+
+    fn cluster(&self) -> Option<&Cluster> {
+        let installed = self.installed.as_ref().map(|installed| &*installed.cluster);
+        installed.or(self.mesh.as_ref().map(|mesh| &mesh.cluster))
+    }
+
     /// Where agents knock: the plane itself, or the gateway in front of it.
     pub fn way_in(&self) -> Ipv4Addr {
+        if let Some(installed) = &self.installed {
+            return installed.node().way_in();
+        }
         self.mesh.as_ref().map_or(self.plane_machine.address(), |mesh| mesh.gateway.address())
     }
 
@@ -219,14 +253,24 @@ impl World {
             }
         }
         command.args(["--listen", "0.0.0.0:15443", "--admin-listen", ADMIN]);
-        command.arg("--aws-sts-endpoint").arg(format!("http://{}:8081", self.cloud.address()));
-        command.arg("--aws-extra-certificates").arg(self.lab.directory().join("aws-certificates.pem"));
-        command.arg("--jwks-extra-roots").arg(self.ca_file());
+        command.args(self.cloud_flags());
         command.arg("--audit-log").arg(self.audit_log());
         command.args(&self.setup.plane_flags);
         let log = self.lab.directory().join("plane.log");
         self.plane = Some(Process::start("plane", command, Some(&log))?);
         Ok(())
+    }
+
+    /// The plane's, for clouds that aren't the real ones.
+    fn cloud_flags(&self) -> Vec<String> {
+        let file = |path: PathBuf| path.display().to_string();
+        [
+            ("--aws-sts-endpoint", format!("http://{}:8081", self.cloud.address())),
+            ("--aws-extra-certificates", file(self.lab.directory().join("aws-certificates.pem"))),
+            ("--jwks-extra-roots", file(self.ca_file())),
+        ]
+        .map(|(flag, value)| format!("{flag}={value}"))
+        .to_vec()
     }
 
     pub fn wait_ready(&self, within: Duration) -> anyhow::Result<()> {
@@ -289,13 +333,13 @@ impl World {
 
     /// Every WorkloadAutoRegistration, as `onboardctl workloads -o json` lists them.
     pub fn registrations(&self) -> anyhow::Result<Vec<serde_json::Value>> {
-        let text = match &self.mesh {
+        let text = match self.cluster() {
             None => {
                 let ended = self.onboardctl(&["workloads", "-A", "-o", "json"])?;
                 ensure!(ended.status.success(), "onboardctl workloads: {ended:?}");
                 ended.stdout
             }
-            Some(mesh) => mesh.cluster.kubectl(["get", "war", "-A", "-o", "json"])?,
+            Some(cluster) => cluster.kubectl(["get", "war", "-A", "-o", "json"])?,
         };
         let list: serde_json::Value = serde_json::from_str(&text).context("reading the list of registrations")?;
         let items = list.get("items").unwrap_or(&list).as_array().context("the list of registrations isn't one")?;

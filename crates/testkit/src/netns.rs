@@ -59,6 +59,11 @@ pub fn inside(main: impl FnOnce(&Lab) -> ExitCode) -> Result<ExitCode, Unavailab
     }
 }
 
+/// Whether this is the process that a person started: none of a lab's own, which must call [`inside`] before anything else.
+pub fn is_outside() -> bool {
+    std::env::var_os(STAGE).is_none()
+}
+
 /// The same for a test: where there can be no lab it says why, and is skipped; in CI that is a failure.
 pub fn test_inside(main: impl FnOnce(&Lab) -> ExitCode) -> ExitCode {
     let unavailable = match inside(main) {
@@ -296,7 +301,9 @@ fn init(directory: &Path) -> ExitCode {
         return ExitCode::from(CANNOT as u8);
     }
     let exe = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe"));
-    let main = Command::new(exe).args(std::env::args_os().skip(1)).env(STAGE, "main").spawn();
+    // Temporary files are the lab's too, and go with it.
+    let main =
+        Command::new(exe).args(std::env::args_os().skip(1)).env(STAGE, "main").env("TMPDIR", directory).spawn();
     let main = match main {
         Ok(main) => Pid::from_raw(main.id() as i32),
         Err(error) => {

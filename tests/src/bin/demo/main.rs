@@ -5,8 +5,10 @@ use anyhow::{Context, ensure};
 use clap::Parser;
 use onboarding_testkit::application::Answer;
 use onboarding_testkit::netns::{Lab, inside};
+use onboarding_tests::story::{Story, because, count, first_answer, over_mutual_tls, proven};
 use onboarding_tests::until::until;
 use onboarding_tests::vm::{Evidence, Vm};
+use onboarding_tests::walkthrough;
 use onboarding_tests::world::{ENDPOINT, Setup, World, http_status};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -17,6 +19,9 @@ use std::time::{Duration, Instant};
 #[derive(Parser, Clone)]
 #[command(name = "dev/demo", bin_name = "dev/demo")]
 struct Options {
+    /// In a real cluster: helm, kubectl, the operator, istiod and an Istio gateway; needs what dev/kubernetes builds
+    #[arg(long)]
+    istio: bool,
     /// Leave everything up at the end, and say how to enter each VM; Ctrl-C ends it
     #[arg(long)]
     keep: bool,
@@ -39,24 +44,14 @@ fn main() -> ExitCode {
     })
 }
 
-/// Prints the steps.
-struct Story {
-    started: Instant,
-    step: usize,
-}
-
-impl Story {
-    fn tell(&mut self, what: impl std::fmt::Display) {
-        self.step += 1;
-        println!("{:>5.1} s  {:>2}. {what}", self.started.elapsed().as_secs_f64(), self.step);
-    }
-}
-
 fn demo(lab: &Lab, options: &Options) -> anyhow::Result<()> {
-    let mut story = Story { started: Instant::now(), step: 0 };
-    let mut world = World::start(lab, Setup::default())?;
+    let mut story = Story::start();
+    let mut world = World::start(lab, Setup { installed: options.istio, ..Setup::default() })?;
     let mut vms = Vec::new();
-    let told = tell(&mut story, &mut world, &mut vms);
+    let told = match options.istio {
+        true => walkthrough::tell(&mut story, &mut world, &mut vms),
+        false => tell(&mut story, &mut world, &mut vms),
+    };
     if options.verbose || told.is_err() {
         eprintln!("{}", world.report());
         for vm in &vms {
@@ -64,7 +59,7 @@ fn demo(lab: &Lab, options: &Options) -> anyhow::Result<()> {
         }
     }
     told?;
-    println!("\nAll of it happened, in {:.1} s.", story.started.elapsed().as_secs_f64());
+    println!("\nAll of it happened, in {:.1} s.", story.elapsed().as_secs_f64());
     if options.keep {
         keep(&world, &vms);
     } else {
@@ -194,64 +189,6 @@ fn tell(story: &mut Story, world: &mut World, vms: &mut Vec<Vm>) -> anyhow::Resu
         answered.join(", ")
     ));
     Ok(())
-}
-
-/// What the plane holds of a VM: the registration's name, and the identity that was proven, fact by fact.
-fn proven(world: &World, vm: &Vm) -> anyhow::Result<String> {
-    fn facts(path: &str, value: &serde_json::Value, into: &mut Vec<String>) {
-        match value.as_object() {
-            Some(members) => members.iter().for_each(|(name, value)| facts(&format!("{path}.{name}"), value, into)),
-            None => {
-                let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-                into.push(format!("{}={text}", path.trim_start_matches('.')));
-            }
-        }
-    }
-    let wars = world.registrations()?;
-    let war = wars.iter().find(|war| war["metadata"]["name"] == vm.registration().as_str());
-    let war = war.with_context(|| format!("{} isn't registered: {wars:?}", vm.registration()))?;
-    let mut all = Vec::new();
-    facts("", &war["spec"]["identity"], &mut all);
-    Ok(format!("{} (proven: {})", vm.registration(), all.join(", ")))
-}
-
-/// The reason in an agent's log line, without its time and the rest.
-fn because(line: &str) -> String {
-    let Some((_, quoted)) = line.split_once("why=\"") else {
-        return line.split_once(" WARN ").map_or(line, |(_, rest)| rest).trim().to_owned();
-    };
-    let mut reason = String::new();
-    let mut characters = quoted.chars();
-    while let Some(character) = characters.next() {
-        match character {
-            '"' => break,
-            '\\' => reason.extend(characters.next()),
-            other => reason.push(other),
-        }
-    }
-    reason
-}
-
-fn count(vm: &Vm) -> anyhow::Result<u64> {
-    Ok(vm.curl(&["http://127.0.0.1:8080/count"])?.trim().parse()?)
-}
-
-/// Until the mesh knows of the peer, an egress listener answers 503; the time is that of the call that was answered.
-fn first_answer(vm: &Vm, url: &str, arguments: &[&str]) -> anyhow::Result<(Answer, u128)> {
-    until(&format!("{} gets an answer of {url}", vm.name()), Duration::from_secs(10), || {
-        let started = Instant::now();
-        Ok((vm.get_with(url, arguments)?, started.elapsed().as_millis()))
-    })
-}
-
-/// Who the sidecars proved to be to each other.
-fn over_mutual_tls(answer: &Answer, application: &str) -> anyhow::Result<(String, String)> {
-    ensure!(answer.application == application, "{answer:?}");
-    let caller = answer.caller.clone().with_context(|| format!("no certificate of a caller: {answer:?}"))?;
-    let server = answer.server.clone().with_context(|| format!("no certificate of the server: {answer:?}"))?;
-    ensure!(caller == "spiffe://cluster.local/ns/bookinfo/sa/productpage-vm", "the caller is {caller}");
-    ensure!(server == "spiffe://cluster.local/ns/bookinfo/sa/ratings-vm", "the server is {server}");
-    Ok((caller, server))
 }
 
 /// The name for which a client that trusts the company's CA accepts the endpoint.
