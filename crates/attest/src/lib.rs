@@ -13,13 +13,14 @@ use aws::sts::{Callers, Sts};
 use jiff::Timestamp;
 use jwt::jwks::KeyStore;
 use onboarding_core::identity::{Attested, Thumbprint};
-use onboarding_wire::onboarding::{AwsEc2Credential, JwtCredential};
+use onboarding_wire::onboarding::{AwsEc2Credential, AwsEcsCredential, JwtCredential};
 
 /// What an agent presents.
 #[derive(Debug, Clone)]
 #[allow(clippy::large_enum_variant, reason = "one lives for the time of a call; a box would be in every caller's way")]
 pub enum Evidence {
     AwsEc2(AwsEc2Credential),
+    AwsEcs(AwsEcsCredential),
     Jwt(JwtCredential),
 }
 
@@ -68,6 +69,7 @@ impl Attestors {
     pub async fn attest(&self, evidence: &Evidence, context: Context<'_>) -> Result<Attested, AttestError> {
         match evidence {
             Evidence::AwsEc2(credential) => aws::attest(&self.certificates, &self.callers, credential, context).await,
+            Evidence::AwsEcs(credential) => aws::ecs::attest(&self.callers, credential, context).await,
             Evidence::Jwt(credential) => jwt::attest(&self.keys, &credential.token, context).await,
         }
     }

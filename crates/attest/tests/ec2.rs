@@ -1,8 +1,8 @@
 //! An EC2 instance attests itself: papers from the metadata emulator, requests signed by AWS's own library, an STS that verifies them.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
-use aws_sigv4::http_request::{SignableBody, SignableRequest, SigningSettings, sign};
-use aws_sigv4::sign::v4;
+mod signing;
+
 use jiff::{SignedDuration, Timestamp};
 use onboarding_attest::aws::sts::Request;
 use onboarding_attest::{AttestError, Attestors, Context, Evidence, Options};
@@ -11,7 +11,7 @@ use onboarding_testkit::cms::RegionKey;
 use onboarding_testkit::imds::{Config, Instance};
 use onboarding_testkit::sts::{self, Cloud, Credentials, Mode, Sts};
 use onboarding_wire::onboarding::{AwsEc2Credential, SignedCallerIdentity};
-use onboarding_wire::proof::{STS_BINDING_HEADER, STS_BODY, STS_CONTENT_TYPE, sts_binding, sts_host};
+use onboarding_wire::proof::STS_BINDING_HEADER;
 use std::sync::LazyLock;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -98,47 +98,7 @@ fn context(now: Timestamp) -> Context<'static> {
 }
 
 fn signed(credentials: &Credentials, uid: &str, challenge: &[u8], key: Thumbprint) -> SignedCallerIdentity {
-    signed_at(credentials, uid, challenge, key, SystemTime::now())
-}
-
-fn signed_at(
-    credentials: &Credentials,
-    uid: &str,
-    challenge: &[u8],
-    key: Thumbprint,
-    at: SystemTime,
-) -> SignedCallerIdentity {
-    let identity = aws_credential_types::Credentials::new(
-        &credentials.access_key_id,
-        &credentials.secret_access_key,
-        Some(credentials.session_token.clone()),
-        None,
-        "test",
-    )
-    .into();
-    let parameters = v4::SigningParams::builder()
-        .identity(&identity)
-        .region(REGION)
-        .name("sts")
-        .time(at)
-        .settings(SigningSettings::default())
-        .build()
-        .unwrap()
-        .into();
-    let binding = sts_binding(uid, challenge, key);
-    let headers = [("content-type", STS_CONTENT_TYPE), (STS_BINDING_HEADER, binding.as_str())];
-    let url = format!("https://{}/", sts_host(REGION));
-    let body = SignableBody::Bytes(STS_BODY.as_bytes());
-    let request = SignableRequest::new("POST", &url, headers.into_iter(), body).unwrap();
-    let (instructions, signature) = sign(request, &parameters).unwrap().into_parts();
-    let date = instructions.headers().find(|(name, _)| *name == "x-amz-date").unwrap().1.to_owned();
-    SignedCallerIdentity {
-        region: REGION.to_owned(),
-        amz_date: date,
-        access_key_id: credentials.access_key_id.clone(),
-        session_token: credentials.session_token.clone(),
-        signature,
-    }
+    signing::signed(credentials, REGION, uid, challenge, key)
 }
 
 fn aws(attested: Attested) -> (AwsIdentity, String, Option<String>, Replay) {
@@ -219,7 +179,7 @@ async fn each_part_of_a_request_is_what_it_must_be() {
     let changes: [(Change, &str); 12] = [
         (
             |parts| parts.region = "us-east-1".into(),
-            "it is made for region \"us-east-1\", but the instance is in \"us-east-2\"",
+            "it is made for region \"us-east-1\", but the host is in \"us-east-2\"",
         ),
         (|parts| parts.region = "evil.example/".into(), "it is made for region \"evil.example/\""),
         (|parts| parts.amz_date = "2026-11-24T11:00:00Z".into(), "its date isn't of the form"),
@@ -330,7 +290,7 @@ async fn a_clock_that_is_wrong_is_named() {
         } else {
             SystemTime::now() + Duration::from_secs(ago.unsigned_abs())
         };
-        let parts = signed_at(world.instance_credentials(), UID, CHALLENGE, KEY, at);
+        let parts = signing::signed_at(world.instance_credentials(), REGION, UID, CHALLENGE, KEY, at);
         let why = world.refused(AwsEc2Credential { instance: Some(parts), ..world.evidence() }).await;
         assert!(why.contains("set the clock of the host"), "{why}");
     }
@@ -416,7 +376,7 @@ async fn sts_is_asked_once_per_key_and_credentials() {
     let asked = world.sts.asked();
     let later = SystemTime::now() + Duration::from_secs(301);
     let evidence = AwsEc2Credential {
-        instance: Some(signed_at(world.instance_credentials(), UID, CHALLENGE, KEY, later)),
+        instance: Some(signing::signed_at(world.instance_credentials(), REGION, UID, CHALLENGE, KEY, later)),
         role: None,
         ..world.evidence()
     };

@@ -47,7 +47,7 @@ impl<T> Fact<T> {
             Self::Claimed(_) => None,
         }
     }
-    /// The value whether proven or not: for people to read, never to decide by.
+    /// The value whether proven or not: for people to read and for names, never to decide by.
     pub fn stated(&self) -> &T {
         match self {
             Self::Proven(value) => value.get(),

@@ -38,6 +38,8 @@ impl fmt::Display for RegistrationName {
 pub enum NameError {
     #[error("{fact} is only claimed, not proven, and the registration's name is made of it")]
     NotProven { fact: &'static str },
+    #[error("{fact} is unknown, and the registration's name is made of it")]
+    NotStated { fact: &'static str },
     #[error("the issuer {issuer} has no short name in the ControlPlane")]
     NoShortName { issuer: String },
 }
@@ -141,21 +143,28 @@ fn identity_parts<'a>(identity: &'a Identity, issuer_short_name: Option<&'a str>
     fn proven<'a>(fact: &'a Fact<String>, name: &'static str) -> Result<&'a str, NameError> {
         fact.proven().map(String::as_str).ok_or(NameError::NotProven { fact: name })
     }
+    /// Nothing that AWS gives a task proves which one it is. Its name is made of what it says of itself, within what is
+    /// proven of it (the account); whoever says the same must hold the same key, or is refused while the registration lives.
+    fn stated<'a>(fact: &'a Fact<String>, name: &'static str) -> Result<&'a str, NameError> {
+        Some(fact.stated().as_str()).filter(|text| !text.is_empty()).ok_or(NameError::NotStated { fact: name })
+    }
     Ok(match identity {
         Identity::Aws(aws) => {
             let partition = proven(&aws.partition, "aws.partition")?;
             let account = proven(&aws.account, "aws.account")?;
-            let zone = proven(&aws.zone, "aws.zone")?;
             match &aws.compute {
-                AwsCompute::Ec2 { instance_id, .. } => {
-                    Parts::Ec2 { partition, account, zone, instance: proven(instance_id, "aws.ec2.instanceId")? }
-                }
+                AwsCompute::Ec2 { instance_id, .. } => Parts::Ec2 {
+                    partition,
+                    account,
+                    zone: proven(&aws.zone, "aws.zone")?,
+                    instance: proven(instance_id, "aws.ec2.instanceId")?,
+                },
                 AwsCompute::Ecs { task_id, cluster, .. } => Parts::Ecs {
                     partition,
                     account,
-                    zone,
-                    cluster: proven(cluster, "aws.ecs.cluster")?,
-                    task: proven(task_id, "aws.ecs.taskId")?,
+                    zone: stated(&aws.zone, "aws.zone")?,
+                    cluster: stated(cluster, "aws.ecs.cluster")?,
+                    task: stated(task_id, "aws.ecs.taskId")?,
                 },
             }
         }

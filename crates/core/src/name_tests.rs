@@ -103,6 +103,25 @@ fn what_is_only_claimed_names_nobody() {
     );
 }
 
+/// Nothing proves a task's zone, cluster and ID; its account is proven, as ever.
+#[test]
+fn a_task_is_named_by_what_it_says_within_what_is_proven() {
+    let Identity::Aws(mut aws) = ecs("bookinfo", "3a151358f03a4e32bf8cd401c1c74653") else { unreachable!() };
+    let claimed = |fact: &Fact<String>| Fact::claimed(fact.stated().clone());
+    let AwsCompute::Ecs { task_id, cluster, .. } = &mut aws.compute else { unreachable!() };
+    (*task_id, *cluster) = (claimed(task_id), claimed(cluster));
+    (aws.region, aws.zone) = (claimed(&aws.region), claimed(&aws.zone));
+    assert_eq!(
+        name("ratings", &Identity::Aws(aws.clone())),
+        "ratings-aws-aws-123456789012-us-east-1a-ecs-bookinfo-3a151358f03a4e32bf8cd401c1c74653"
+    );
+    let refused = |aws: AwsIdentity| registration_name(&group("ratings"), &Identity::Aws(aws), None).unwrap_err();
+    let other_account = AwsIdentity { account: claimed(&aws.account), ..aws.clone() };
+    assert_eq!(refused(other_account), NameError::NotProven { fact: "aws.account" });
+    let no_zone = AwsIdentity { zone: Fact::claimed(String::new()), ..aws };
+    assert_eq!(refused(no_zone), NameError::NotStated { fact: "aws.zone" });
+}
+
 proptest! {
     #[test]
     fn names_are_valid_and_nobodys_else(

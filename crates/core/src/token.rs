@@ -19,7 +19,7 @@ pub struct Claims {
     pub expires_at: Timestamp,
     /// `jti`.
     pub id: String,
-    /// What was attested when it was issued. `claims.workload` is its identity, of which only what was proven travels.
+    /// What was attested when it was issued. `claims.workload` is what was proven of its identity; what is only claimed travels apart from it.
     pub attested: Attested,
     /// `claims.workload_group`.
     pub group: GroupName,

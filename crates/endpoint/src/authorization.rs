@@ -18,7 +18,7 @@ use onboarding_kinds::identity;
 use onboarding_wire::convert::group_name;
 use onboarding_wire::onboarding as pb;
 use onboarding_wire::proof::Purpose;
-use onboarding_wire::{AWS_EC2_CREDENTIAL, JWT_CREDENTIAL};
+use onboarding_wire::{AWS_EC2_CREDENTIAL, AWS_ECS_CREDENTIAL, JWT_CREDENTIAL};
 use prost::Message;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -204,6 +204,9 @@ fn evidence(credential: &prost_types::Any) -> Result<Evidence, Status> {
             pb::AwsEc2Credential::decode(credential.value.as_slice()).map(Evidence::AwsEc2).map_err(unreadable)
         }
         JWT_CREDENTIAL => pb::JwtCredential::decode(credential.value.as_slice()).map(Evidence::Jwt).map_err(unreadable),
+        AWS_ECS_CREDENTIAL => {
+            pb::AwsEcsCredential::decode(credential.value.as_slice()).map(Evidence::AwsEcs).map_err(unreadable)
+        }
         other => Err(Status::invalid_argument(format!(
             "credential: {:?} is no kind of evidence that this plane knows",
             other.chars().take(100).collect::<String>()

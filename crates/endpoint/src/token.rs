@@ -8,11 +8,11 @@ use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use jiff::Timestamp;
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation, decode, decode_header, encode};
-use onboarding_core::identity::{Attested, Replay};
+use onboarding_core::identity::{Attested, Identity, Replay};
 use onboarding_core::name::{GroupName, RegistrationName};
 use onboarding_core::registration::LONGEST_TOKEN_LIFE;
 use onboarding_core::token::Claims;
-use onboarding_kinds::identity::{Case, from_json, to_json};
+use onboarding_kinds::identity::{Case, from_json, stated_to_json, to_json};
 use onboarding_runtime::readiness::Readiness;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -269,6 +269,22 @@ struct WireEvidence {
     replay: WireReplay,
     #[serde(skip_serializing_if = "Option::is_none")]
     issuer_short_name: Option<String>,
+    /// Where not all of the identity was proven: with what is only claimed, which the registration's name may be made of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stated: Option<WireStated>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct WireStated {
+    workload: serde_json::Value,
+    claimed_only: Vec<String>,
+}
+
+impl WireStated {
+    fn of(identity: &Identity) -> Option<Self> {
+        let (workload, claimed_only) = stated_to_json(identity, Case::Snake);
+        (!claimed_only.is_empty()).then_some(Self { workload, claimed_only })
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -304,6 +320,7 @@ impl From<&Claims> for Wire {
                     Replay::Forever => WireReplay::Forever,
                 },
                 issuer_short_name: claims.attested.issuer_short_name.clone(),
+                stated: WireStated::of(&claims.attested.identity),
             },
         }
     }
@@ -320,7 +337,13 @@ impl TryFrom<Wire> for Claims {
             expires_at: time(wire.exp)?,
             id: wire.jti,
             attested: Attested {
-                identity: from_json(&wire.claims.workload, &[])
+                identity: wire
+                    .evidence
+                    .stated
+                    .map_or_else(
+                        || from_json(&wire.claims.workload, &[]),
+                        |stated| from_json(&stated.workload, &stated.claimed_only),
+                    )
                     .map_err(|_| TokenError::NotOurs("its identity can't be read"))?,
                 issuer_short_name: wire.evidence.issuer_short_name,
                 replay: match wire.evidence.replay {
@@ -400,6 +423,25 @@ mod tests {
             claims.attested.replay = replay;
             assert_eq!(tokens.read(&tokens.sign(&claims).unwrap()).await.unwrap(), claims);
         }
+    }
+
+    /// The name of a task's registration is made of what it claims, on whichever replica it registers; none of it becomes more.
+    #[tokio::test]
+    async fn what_is_only_claimed_travels_as_a_claim_and_apart_from_what_is_proven() {
+        let tokens = Tokens::open(Arc::<Keys>::default(), at(0)).await.unwrap();
+        let identity = serde_json::json!({"aws": {"partition": "aws", "account": "123456789012", "region": "us-east-1",
+            "zone": "us-east-1a", "ecs": {"taskId": "3a15", "cluster": "bookinfo", "iamRole": {"name": "ratings-role"}}}});
+        let claimed = ["aws.region", "aws.zone", "aws.ecs.taskId", "aws.ecs.cluster"].map(str::to_owned);
+        let mut claims = claims(at(0));
+        claims.attested.identity = from_json(&identity, &claimed).unwrap();
+        let token = tokens.sign(&claims).unwrap();
+        assert_eq!(tokens.read(&token).await.unwrap(), claims);
+        let payload: serde_json::Value =
+            serde_json::from_slice(&URL_SAFE_NO_PAD.decode(token.split('.').nth(1).unwrap()).unwrap()).unwrap();
+        assert_eq!(
+            payload["claims"]["workload"],
+            serde_json::json!({"aws": {"partition": "aws", "account": "123456789012", "ecs": {"iam_role": {"name": "ratings-role"}}}})
+        );
     }
 
     #[tokio::test]

@@ -37,6 +37,7 @@ pub struct AgentConfiguration {
 pub enum Host {
     Auto,
     AwsEc2,
+    AwsEcs,
     Custom { credentials: Vec<Plugin>, host_info: HostInfo },
 }
 
@@ -201,13 +202,11 @@ fn host(item: &Item<'_>) -> Option<Host> {
 
 fn aws(aws: &mut Map<'_>) -> Option<Host> {
     let found = aws.one_of(&["ec2", "ecs"]);
-    for (kind, item) in &found {
-        item.map().into_iter().for_each(Map::close);
-        if *kind == "ecs" {
-            item.fault("isn't supported by this version; on ECS give the agent a credential plugin (host.custom)");
-        }
-    }
-    (!found.is_empty()).then_some(Host::AwsEc2)
+    let read = |(kind, item): &(&str, Item<'_>)| {
+        item.map()?.close();
+        Some(if *kind == "ecs" { Host::AwsEcs } else { Host::AwsEc2 })
+    };
+    found.iter().map(read).next_back().flatten()
 }
 
 fn custom(custom: &mut Map<'_>) -> Option<Host> {

@@ -53,6 +53,9 @@ fn aws(item: &Item<'_>) -> Option<AwsMatcher> {
         let clusters = if kind == "ecs" { map.texts("clusters", syntax::any) } else { Vec::new() };
         let iam_role_names = map.texts("iamRoleNames", syntax::any);
         map.close();
+        if kind == "ecs" {
+            asks_too_much(&item, &[("regions", &regions), ("zones", &zones), ("ecs.clusters", &clusters)]);
+        }
         compute = Some(match kind {
             "ecs" => AwsComputeMatcher::Ecs { clusters, iam_role_names },
             _ => AwsComputeMatcher::Ec2 { iam_role_names },
@@ -113,6 +116,17 @@ fn nested_texts(map: &mut Map<'_>, outer: &'static str, inner: &'static str) -> 
 
 fn matches_nothing(item: &Item<'_>, platform: &str) {
     item.warn(format!("matches nothing yet: this version has no attestor that proves {platform} identities"));
+}
+
+/// Nothing that AWS gives a task proves where it runs.
+fn asks_too_much(item: &Item<'_>, unprovable: &[(&str, &Vec<String>)]) {
+    let asked: Vec<_> = unprovable.iter().filter(|(_, values)| !values.is_empty()).map(|(name, _)| *name).collect();
+    if !asked.is_empty() {
+        item.warn(format!(
+            "matches nothing: of an ECS task only partition, account and IAM role are proven, and this asks for {} too",
+            asked.join(" and ")
+        ));
+    }
 }
 
 /// A standard label selector; `{}` selects everything.

@@ -151,6 +151,24 @@ fn what_is_unwise_is_a_warning() {
     let warnings: Vec<_> = manifests.warnings.iter().map(|w| (w.line, w.path.as_str())).collect();
     assert_eq!(warnings, [(22, "spec.allow[0].workloads[1].gcp"), (23, "spec.allow[0].workloads[2].azure")]);
 
+    // Of a task nothing proves where it runs.
+    for (of_task, asks_for) in [
+        ("regions: [a], ecs: {}", Some("regions")),
+        ("zones: [a], ecs: {clusters: [b], iamRoleNames: [c]}", Some("zones and ecs.clusters")),
+        ("partitions: [aws], ecs: {iamRoleNames: [c]}", None),
+        ("regions: [a], zones: [b], ec2: {}", None),
+    ] {
+        let added = format!("    - aws: {{accounts: ['123456789012'], {of_task}}}\n    onboardTo:");
+        let warnings = manifest::read("f.yaml", &POLICY.replace("    onboardTo:", &added)).warnings;
+        let found: Vec<_> = warnings.iter().map(|w| (w.line, w.path.as_str(), w.message.as_str())).collect();
+        let message = asks_for.map(|asks_for| format!(
+            "matches nothing: of an ECS task only partition, account and IAM role are proven, and this asks for {asks_for} too"
+        ));
+        let wanted: Vec<_> =
+            message.iter().map(|message| (22, "spec.allow[0].workloads[1].aws.ecs", message.as_str())).collect();
+        assert_eq!(found, wanted, "{of_task}");
+    }
+
     let onboarding = include_str!("corpus/onboarding-configuration.yaml");
     let insecure = onboarding.replace("insecureSkipVerify: false", "insecureSkipVerify: true");
     let plain = onboarding

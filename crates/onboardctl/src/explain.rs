@@ -157,10 +157,10 @@ impl Admission {
     }
 }
 
-/// The plane also needs a name for the registration, and makes it of proven facts.
+/// The plane also needs a name for the registration, and makes it of proven facts (of a task's also of what it says).
 fn unnameable(identity: &Identity, group: &GroupName) -> Option<String> {
     match name::registration_name(group, identity, Some("any")) {
-        Err(error @ NameError::NotProven { .. }) => {
+        Err(error @ (NameError::NotProven { .. } | NameError::NotStated { .. })) => {
             Some(format!("warning: the policy allows it, but the plane would refuse: {error}"))
         }
         _ => None,

@@ -1,4 +1,4 @@
-//! Real servers and real machines for tests and the demo: EC2 metadata, STS, an OIDC issuer, an application, network namespaces,
+//! Real servers and real machines for tests and the demo: EC2 and ECS metadata, STS, an OIDC issuer, an application, network namespaces,
 //! a Kubernetes and Istio control plane.
 //!
 //! What may never be here: anything that a product depends on, or a shortcut through a product. What these servers say is what the
@@ -7,6 +7,8 @@
 pub mod application;
 pub mod cluster;
 pub mod cms;
+pub mod ecs;
+pub mod eventually;
 pub mod gateway;
 pub mod imds;
 pub mod netns;

@@ -4,7 +4,7 @@
 use anyhow::Context;
 use clap::Parser;
 use onboarding_testkit::application::{self, Load};
-use onboarding_testkit::{imds, oidc, sts};
+use onboarding_testkit::{ecs, imds, oidc, sts};
 use serde::de::DeserializeOwned;
 use std::io::Read;
 use std::net::SocketAddr;
@@ -22,6 +22,14 @@ enum Command {
         #[arg(long, default_value = "169.254.169.254:80")]
         listen: SocketAddr,
         /// JSON of imds::Config
+        #[arg(long)]
+        config: PathBuf,
+    },
+    /// What ECS puts beside one task
+    Ecs {
+        #[arg(long, default_value = ecs::ADDRESS)]
+        listen: SocketAddr,
+        /// JSON of ecs::Config
         #[arg(long)]
         config: PathBuf,
     },
@@ -73,6 +81,7 @@ enum Command {
 async fn main() -> anyhow::Result<()> {
     match Command::parse() {
         Command::Imds { listen, config } => imds::serve(listening(listen).await?, read(&config)?).await,
+        Command::Ecs { listen, config } => ecs::serve(listening(listen).await?, read(&config)?).await,
         Command::Sts { listen, config } => sts::serve(listening(listen).await?, read(&config)?).await,
         Command::Oidc { listen, config } => oidc::serve(listening(listen).await?, read(&config)?).await,
         Command::Application { name, listen } => application::serve(listening(listen).await?, name).await,

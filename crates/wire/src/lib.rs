@@ -27,6 +27,7 @@ pub mod istio_ca {
 
 /// The credential's type in `google.protobuf.Any`.
 pub const AWS_EC2_CREDENTIAL: &str = "type.googleapis.com/onboarding.v1alpha1.AwsEc2Credential";
+pub const AWS_ECS_CREDENTIAL: &str = "type.googleapis.com/onboarding.v1alpha1.AwsEcsCredential";
 pub const JWT_CREDENTIAL: &str = "type.googleapis.com/onboarding.v1alpha1.JwtCredential";
 
 /// In the metadata of a ResourceExhausted answer: how many milliseconds to wait at least (gRFC A6).

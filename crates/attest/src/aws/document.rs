@@ -339,7 +339,7 @@ pub(crate) fn is_instance_id(id: &str) -> bool {
 }
 
 /// `us-east-2b`, and the local zones `us-west-2-lax-1a`.
-fn is_zone_of(zone: &str, region: &str) -> bool {
+pub(crate) fn is_zone_of(zone: &str, region: &str) -> bool {
     zone.strip_prefix(region).is_some_and(|rest| {
         (1..=24).contains(&rest.len())
             && rest.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')

@@ -1,7 +1,8 @@
-//! Amazon EC2: what the identity document proves, and what callers by STS add to it.
+//! Amazon EC2 (what the identity document proves, and what callers by STS add to it) and ECS.
 
 pub mod certificates;
 pub mod document;
+pub mod ecs;
 pub mod region;
 pub mod sts;
 
@@ -55,15 +56,7 @@ async fn identify(
     context: Context<'_>,
 ) -> Result<Option<CallerIdentity>, AttestError> {
     let Some(parts) = parts else { return Ok(None) };
-    let binding = sts_binding(context.plane_uid, context.challenge, context.key);
-    let request = Request::rebuild(parts, &instance.region, binding, context.now).map_err(|problem| {
-        AttestError::Refused(format!("the GetCallerIdentity request signed by {of} can't be used: {problem}"))
-    })?;
-    let said = |error: String| format!("asking AWS who signed for {of}: {error}");
-    let caller = callers.identify(&request, context.key, context.now).await.map_err(|error| match error {
-        AttestError::Refused(error) => AttestError::Refused(said(error)),
-        AttestError::Unavailable(error) => AttestError::Unavailable(said(error)),
-    })?;
+    let caller = ask(callers, parts, &instance.region, of, context).await?;
     if caller.account != instance.account || caller.partition != instance.partition {
         return Err(AttestError::Refused(format!(
             "the identity document is of account {} ({}), but the caller for {of} is of account {} ({:.64})",
@@ -71,6 +64,25 @@ async fn identify(
         )));
     }
     Ok(Some(caller))
+}
+
+/// Who signed for `of`, as AWS says. The region is one of AWS's, by its name.
+async fn ask(
+    callers: &Callers,
+    parts: &SignedCallerIdentity,
+    region: &str,
+    of: &str,
+    context: Context<'_>,
+) -> Result<CallerIdentity, AttestError> {
+    let binding = sts_binding(context.plane_uid, context.challenge, context.key);
+    let request = Request::rebuild(parts, region, binding, context.now).map_err(|problem| {
+        AttestError::Refused(format!("the GetCallerIdentity request signed by {of} can't be used: {problem}"))
+    })?;
+    let said = |error: String| format!("asking AWS who signed for {of}: {error}");
+    callers.identify(&request, context.key, context.now).await.map_err(|error| match error {
+        AttestError::Refused(error) => AttestError::Refused(said(error)),
+        AttestError::Unavailable(error) => AttestError::Unavailable(said(error)),
+    })
 }
 
 fn proves_instance(caller: &CallerIdentity, instance: &InstanceIdentity) -> Result<(), AttestError> {

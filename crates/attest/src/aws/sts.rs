@@ -55,7 +55,7 @@ pub struct Request {
 const LARGEST_SKEW: SignedDuration = SignedDuration::from_mins(5);
 
 impl Request {
-    /// From the parts that a host presents. `region` is where the host is proven to be, `binding` that of `onboarding_wire::proof`.
+    /// From the parts that a host presents. `region` is where the host is, `binding` that of `onboarding_wire::proof`.
     /// Errors say what is wrong with which part; they don't quote credentials.
     pub fn rebuild(
         parts: &SignedCallerIdentity,
@@ -64,7 +64,7 @@ impl Request {
         now: Timestamp,
     ) -> Result<Self, String> {
         if parts.region != region || region::partition(region).is_none() {
-            return Err(format!("it is made for region {}, but the instance is in {region:?}", shown(&parts.region)));
+            return Err(format!("it is made for region {}, but the host is in {region:?}", shown(&parts.region)));
         }
         let at = DateTime::strptime("%Y%m%dT%H%M%SZ", &parts.amz_date)
             .and_then(|at| TimeZone::UTC.to_timestamp(at))
