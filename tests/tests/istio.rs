@@ -11,6 +11,7 @@ use std::time::Duration;
 const SCENARIOS: &[Scenario] = &[
     ("vms_join_through_the_gateway_and_call_each_other", join),
     ("kubectl_shows_who_is_there", kubectl_shows),
+    ("a_workload_whose_revision_is_missing_is_told_so_until_it_is_put_right", missing_revision),
     ("a_war_that_is_deleted_comes_back", deleted_war),
     ("a_policy_that_is_deleted_ends_what_lived_by_it", withdrawn),
 ];
@@ -44,11 +45,54 @@ fn kubectl_shows(world: &mut World) -> anyhow::Result<()> {
     ensure!(heading == ["NAME", "AGENT", "CONNECTED", "AGE"], "{table}");
     let line = lines.find(|line| line.starts_with(&name)).unwrap_or_default();
     ensure!(line.split_whitespace().nth(1) == Some("True"), "{table}");
+    up_to_date(world, &name, "True")?;
     let entry = world.mesh()?.cluster.kubectl(["get", "workloadentry", &name, "-n", "bookinfo", "-o", "yaml"])?;
     ensure!(
         entry.contains("serviceAccount: ratings-vm") && entry.contains(&pair.ratings.machine.address().to_string()),
         "{entry}"
     );
+    world.keep(pair);
+    Ok(())
+}
+
+/// Until the condition is that; its reason.
+fn up_to_date(world: &World, name: &str, status: &str) -> anyhow::Result<String> {
+    let path = |field: &str| format!("jsonpath={{.status.conditions[?(@.type==\"UpToDate\")].{field}}}");
+    let get = |field: &str| world.mesh()?.cluster.kubectl(["get", "war", name, "-n", "bookinfo", "-o", &path(field)]);
+    until("the condition UpToDate", Duration::from_secs(20), || {
+        let now = get("status")?;
+        ensure!(now == status, "it is {now:?}: {}", get("message")?);
+        Ok(())
+    })?;
+    get("reason")
+}
+
+fn missing_revision(world: &mut World) -> anyhow::Result<()> {
+    let pair = world.pair()?;
+    let name = pair.ratings.registration();
+    up_to_date(world, &name, "True")?;
+    let label =
+        |value: &str| world.mesh()?.cluster.kubectl(["label", "workloadgroup", "ratings", "-n", "bookinfo", value]);
+    label("istio.io/rev=canary")?;
+    let told = "asks for the Istio revision \"canary\", which isn't in the cluster";
+    pair.ratings.agent()?.wait_for_line(Duration::from_secs(10), |line| line.contains("has no boot configuration"))?;
+    let status = pair.ratings.agent_verb(&["status"])?;
+    ensure!(status.stdout.contains(told) && status.stdout.contains("goes on with what it has"), "{status:?}");
+    ensure!(up_to_date(world, &name, "False")? == "NoBootConfiguration");
+    until("an Event of the group", Duration::from_secs(10), || {
+        let events = world.mesh()?.cluster.kubectl(["describe", "workloadgroup", "ratings", "-n", "bookinfo"])?;
+        ensure!(events.contains("NoBootConfiguration") && events.contains(told), "{events}");
+        Ok(())
+    })?;
+    // The sidecar serves on meanwhile.
+    pair.wait_reachable()?;
+    label("istio.io/rev-")?;
+    ensure!(up_to_date(world, &name, "True")? == "AsWanted");
+    until("the agent has nothing to complain of", Duration::from_secs(10), || {
+        let status = pair.ratings.agent_verb(&["status"])?;
+        ensure!(!status.stdout.contains("no boot configuration"), "{status:?}");
+        Ok(())
+    })?;
     world.keep(pair);
     Ok(())
 }

@@ -39,6 +39,9 @@ pub struct Status {
     /// Of the last configuration that the sidecar refused, until one is accepted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub configuration_problem: Option<String>,
+    /// Why the plane has no boot configuration for this workload.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_problem: Option<String>,
     /// Absent: no probe, or not probed yet.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub application_ready: Option<bool>,
@@ -55,6 +58,7 @@ pub struct About {
     pub endpoint: String,
     pub workload_group: String,
     pub configuration_problem: Option<String>,
+    pub boot_problem: Option<String>,
 }
 
 impl Status {
@@ -92,6 +96,7 @@ impl Status {
             sidecar_problem,
             boot_version: state.boot.as_ref().map(|boot| boot.version.clone()),
             configuration_problem: about.configuration_problem.clone(),
+            boot_problem: about.boot_problem.clone(),
             application_ready: state.health.as_ref().map(|health| health.ready),
             application_message: state
                 .health
@@ -166,6 +171,13 @@ impl Status {
             None => self.sidecar.clone(),
         };
         line("Sidecar", sidecar);
+        if let Some(problem) = &self.boot_problem {
+            let meanwhile = match self.sidecar.as_str() {
+                "Absent" => "the sidecar waits",
+                _ => "the sidecar goes on with what it has",
+            };
+            line("From the plane", format!(" no boot configuration, {meanwhile}: {problem}"));
+        }
         if let Some(problem) = &self.configuration_problem {
             line("Configuration", format!(" refused by the sidecar, the last good one stays: {problem}"));
         }

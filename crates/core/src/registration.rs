@@ -84,6 +84,8 @@ pub struct Live {
     pub token_expires_at: Timestamp,
     pub connection: Connection,
     pub health: Health,
+    /// Since when `health.ready` is what it is.
+    pub health_since: Timestamp,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -309,6 +311,7 @@ fn on_register(state: &State, register: Register, now: Timestamp) -> Result<Step
                 token_expires_at,
                 connection: Connection::Disconnected { since: now, reason: DisconnectReason::NotYetConnected },
                 health: Health { ready: false, message: NOT_UP.to_owned() },
+                health_since: now,
             };
             return Ok(Step::live(live, vec![Effect::PublishEntry]));
         }
@@ -374,7 +377,8 @@ fn on_live(live: &Live, event: Event, now: Timestamp, grace: Duration) -> Result
         }
         Event::Health(health) => {
             let effects = if health == live.health { Vec::new() } else { vec![Effect::PublishEntry] };
-            Ok(Step::live(Live { health, ..live.clone() }, effects))
+            let health_since = if health.ready == live.health.ready { live.health_since } else { now };
+            Ok(Step::live(Live { health, health_since, ..live.clone() }, effects))
         }
         Event::Unregister { key } => {
             live.requires(key)?;

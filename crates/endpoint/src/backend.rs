@@ -219,14 +219,14 @@ impl Fleet for Alone {
     }
 }
 
-/// A workload that was not let in, for those who look after its group.
+/// A workload that was not let in, or can't be given what its sidecar starts from, for those who look after its group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refused {
     /// As the agent named it; it may not exist.
     pub group: GroupName,
     /// What was proven of the host, in one line for people; absent where nothing was.
     pub identity: Option<String>,
-    /// Stable, in CamelCase: `NotAuthorized`, `EvidenceRefused`, `RegistrationBelongsToAnother`.
+    /// Stable, in CamelCase: `NotAuthorized`, `EvidenceRefused`, `RegistrationBelongsToAnother`, `NoBootConfiguration`.
     pub reason: &'static str,
     /// Which rule failed on what, and the way out.
     pub message: String,

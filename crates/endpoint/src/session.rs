@@ -2,7 +2,7 @@
 
 use crate::authority::{Authority, Caller, Calls, apply_status, registry_status, requires_live};
 use crate::authorization::admission;
-use crate::backend::{ProvisionError, Workload};
+use crate::backend::{ProvisionError, Refused, Workload};
 use crate::connection::Connection;
 use crate::limits::Budget;
 use crate::metrics::Why;
@@ -191,10 +191,7 @@ impl Session {
                 },
                 boot = boots.next() => match boot {
                     Some(Ok(boot)) => Box::pin(self.send(ToAgent::Boot(boot))).await,
-                    Some(Err(error)) => {
-                        tracing::error!(registration = %self.claims.subject, %error, "no boot configuration could be made");
-                        Ok(())
-                    }
+                    Some(Err(error)) => Box::pin(self.no_boot(&error)).await,
                     // It isn't registered any more; what ended it ends the session.
                     None => {
                         boots = futures_util::stream::pending().boxed();
@@ -206,6 +203,20 @@ impl Session {
                 return over;
             }
         }
+    }
+
+    /// Says so to everybody who can do something about it: the log, who looks after the group, and the agent.
+    async fn no_boot(&mut self, error: &ProvisionError) -> Result<(), Over> {
+        tracing::error!(registration = %self.claims.subject, %error, "no boot configuration could be made");
+        let message = error.to_string();
+        self.authority.backend.notices.refused(Refused {
+            group: self.workload.group.clone(),
+            // Of a thousand workloads that lack the same it is said once; which they are, their registrations say.
+            identity: None,
+            reason: "NoBootConfiguration",
+            message: message.clone(),
+        });
+        self.send(ToAgent::BootRefused(pb::BootRefused { message })).await
     }
 
     async fn heard(&mut self, message: FromAgent) -> Result<(), Over> {

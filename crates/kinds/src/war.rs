@@ -6,6 +6,7 @@ pub mod strategies;
 
 use crate::identity::{self, Case};
 use crate::reader::Map;
+use jiff::Timestamp;
 use onboarding_core::name::RegistrationName;
 use onboarding_core::registration::{Connection, DisconnectReason, Health, Live};
 use serde_json::{Value, json};
@@ -35,7 +36,7 @@ pub fn resource(name: &RegistrationName, live: &Live, group_uid: Option<&str>) -
     if let Connection::Connected { replica, .. } = &live.connection {
         status["activeAgentConnection"] = json!({ "connectedTo": replica });
     }
-    status["conditions"] = json!([agent_connected(&live.connection), healthy(&live.health)]);
+    status["conditions"] = json!([agent_connected(&live.connection), healthy(&live.health, live.health_since)]);
     json!({
         "apiVersion": "runtime.onboarding.tetrate.io/v1alpha1",
         "kind": "WorkloadAutoRegistration",
@@ -83,9 +84,15 @@ fn agent_connected(connection: &Connection) -> Value {
     })
 }
 
-fn healthy(health: &Health) -> Value {
+fn healthy(health: &Health, since: Timestamp) -> Value {
     let (status, reason) = if health.ready { ("True", "ApplicationReady") } else { ("False", "ProbeFailed") };
-    json!({ "type": "Healthy", "status": status, "reason": reason, "message": health.message })
+    json!({
+        "type": "Healthy",
+        "status": status,
+        "reason": reason,
+        "message": health.message,
+        "lastTransitionTime": since.to_string(),
+    })
 }
 
 /// `spec` of one that was read.

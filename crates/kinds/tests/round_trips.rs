@@ -249,6 +249,7 @@ fn live(connection: Connection) -> Live {
         token_expires_at: time,
         connection,
         health: Health { ready: false, message: "GET /ready answered 503".to_owned() },
+        health_since: "2026-11-24T10:00:03Z".parse().unwrap(),
     }
 }
 
@@ -287,7 +288,7 @@ fn the_resource_of_a_registration() {
                 "activeAgentConnection": {"connectedTo": "onboarding-plane-745bf76677-974tq"},
                 "conditions": [
                     {"type": "AgentConnected", "status": "True", "reason": "AgentEstablishedConnection", "message": "the agent is connected", "lastTransitionTime": "2026-11-24T10:00:05Z"},
-                    {"type": "Healthy", "status": "False", "reason": "ProbeFailed", "message": "GET /ready answered 503"},
+                    {"type": "Healthy", "status": "False", "reason": "ProbeFailed", "message": "GET /ready answered 503", "lastTransitionTime": "2026-11-24T10:00:03Z"},
                 ],
             },
         })

@@ -69,7 +69,7 @@ pub async fn open(
         policies::start(client.clone(), &source, registry.clone(), backend::Fleet::leads(fleet.as_ref()), stop.clone());
     let tokens = istio::Tokens::new(client.clone(), istio::TokenOptions::default(), metrics, stop);
     let known: Arc<dyn Registry> = registry.clone();
-    let provisioner = istio::IstioProvisioner::new(source.inputs(), known, tokens, metrics);
+    let provisioner = istio::IstioProvisioner::new(source.inputs(), known, registry.clone(), tokens, metrics);
     registry.listed(LISTED_WITHIN).await.context("reading the registrations of the cluster")?;
     let backend = backend::Backend {
         config: source,

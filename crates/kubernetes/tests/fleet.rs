@@ -157,6 +157,7 @@ fn live() -> Live {
             reason: DisconnectReason::NotYetConnected,
         },
         health: Health { ready: true, message: String::new() },
+        health_since: Timestamp::UNIX_EPOCH,
     }
 }
 

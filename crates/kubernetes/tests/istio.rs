@@ -21,6 +21,7 @@ use onboarding_kubernetes::istio::{
     AT_ONCE_ANNOTATION, Account, DEFAULT_REVISION, Inputs, IstioProvisioner, Mesh, Meshes, Namespace, TokenOptions,
     TokenStatus, Tokens,
 };
+use onboarding_kubernetes::registry::{Standing, Standings};
 use onboarding_testkit::cluster::{Cluster, Options};
 use onboarding_testkit::process::Process;
 use onboarding_wire::onboarding as pb;
@@ -256,11 +257,26 @@ fn inputs() -> Inputs {
     }
 }
 
+/// How far the workload is, as it was told last; empty: unknown.
+#[derive(Default)]
+struct Stands(Mutex<&'static str>);
+
+impl Standings for Stands {
+    fn stands(&self, _: &RegistrationName, standing: Option<Standing>) {
+        *self.0.lock().unwrap() = match standing {
+            None => "",
+            Some(Standing::Applied(_)) => "Applied",
+            Some(Standing::Behind(behind)) => behind.reason.as_str(),
+        };
+    }
+}
+
 /// The provisioner, and everything that it looks at.
 struct Provided {
     provisioner: IstioProvisioner,
     inputs: watch::Sender<Arc<Inputs>>,
     registry: Arc<One>,
+    standings: Arc<Stands>,
     stop: CancellationToken,
 }
 
@@ -271,9 +287,15 @@ impl Provided {
         let asked = Asked::new(admin(cluster).await, options);
         let inputs = watch::Sender::new(Arc::new(inputs()));
         let registry = Arc::new(One(Mutex::new(State::Live(Box::new(fixtures::live())))));
-        let provisioner =
-            IstioProvisioner::new(inputs.subscribe(), registry.clone(), asked.tokens, &mut Metrics::default());
-        Self { provisioner, inputs, registry, stop: asked.stop }
+        let standings = Arc::new(Stands::default());
+        let provisioner = IstioProvisioner::new(
+            inputs.subscribe(),
+            registry.clone(),
+            standings.clone(),
+            asked.tokens,
+            &mut Metrics::default(),
+        );
+        Self { provisioner, inputs, registry, standings, stop: asked.stop }
     }
 
     fn boots(&self) -> Boots {
@@ -324,6 +346,14 @@ async fn boot_configurations_follow(cluster: &Cluster) {
         Arc::new(group)
     };
     assert!(provided.provisioner.is_newest(&fixtures::name(), &second.version));
+    let stands = || *provided.standings.0.lock().unwrap();
+    let report = |boot: &pb::BootConfiguration, accepted| {
+        let report = pb::SidecarReport { boot_version: boot.version.clone(), accepted, message: "no\u{1b}".to_owned() };
+        provided.provisioner.reported(&workload(), &report);
+        stands()
+    };
+    assert_eq!(report(&first, true), "NotApplied", "that is an old one");
+    assert_eq!(report(&second, true), "Applied");
     provided.change(|inputs| {
         inputs.groups.insert(workload().group, with_account("false"));
         inputs.propagation_delay = Duration::from_secs(4);
@@ -333,6 +363,7 @@ async fn boot_configurations_follow(cluster: &Cluster) {
     assert_eq!((&waiting.spiffe_id, &istio(&waiting).environment), (&second.spiffe_id, &istio(&second).environment));
     assert_eq!(istio(&waiting).token, istio(&second).token);
     assert!(!provided.provisioner.is_newest(&fixtures::name(), &waiting.version));
+    assert_eq!(report(&waiting, true), "WaitsForRestart");
     // The next session has it.
     let third = next(&mut provided.boots()).await.unwrap();
     assert_eq!(third.spiffe_id, "spiffe://cluster.local/ns/bookinfo/sa/other");
@@ -348,14 +379,12 @@ async fn boot_configurations_follow(cluster: &Cluster) {
     assert!(istio(&held).files.is_empty() && held.spiffe_id.is_empty());
 
     // Reports are kept for those who are connected.
-    let report =
-        |accepted| pb::SidecarReport { boot_version: third.version.clone(), accepted, message: "no\u{1b}".to_owned() };
-    provided.provisioner.reported(&workload(), &report(false));
+    assert_eq!(report(&third, false), "Refused");
     let last = provided.provisioner.last_report(&fixtures::name()).unwrap();
     assert_eq!((last.accepted, last.message.as_str(), &last.boot_version), (false, "no", &third.version));
     drop(boots);
     assert_eq!(provided.provisioner.last_report(&fixtures::name()), None);
-    provided.provisioner.reported(&workload(), &report(true));
+    assert_eq!(report(&third, true), "", "nobody is connected");
     assert_eq!(provided.provisioner.last_report(&fixtures::name()), None);
 
     // istiod signs.
@@ -400,12 +429,14 @@ async fn what_is_in_the_way_is_said(cluster: &Cluster) {
     let mut boots = provided.boots();
     let error = next(&mut boots).await.unwrap_err();
     assert!(error.starts_with("Refused(") && error.contains("there are: default"), "{error}");
+    assert_eq!(*provided.standings.0.lock().unwrap(), "NoBootConfiguration");
     provided.change(|inputs| {
         let canary = Mesh::read("", None);
         Arc::make_mut(&mut inputs.meshes).by_revision.insert("canary".to_owned(), canary);
     });
     let boot = next(&mut boots).await.unwrap();
     assert_eq!(istio(&boot).istiod_san, "istiod-canary.istio-system.svc");
+    assert_eq!(*provided.standings.0.lock().unwrap(), "NotApplied");
 
     // Not registered: until it is, without being told.
     set(State::Absent);

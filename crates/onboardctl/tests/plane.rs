@@ -62,6 +62,7 @@ fn war(namespace: &str, name: &str, identity: Identity, lost: Option<DisconnectR
         token_expires_at: Timestamp::MAX,
         connection: lost.map_or(connected, |reason| Connection::Disconnected { since: created_at, reason }),
         health: Health { ready: true, message: String::new() },
+        health_since: created_at,
     };
     war::resource(&RegistrationName { namespace: namespace.to_owned(), name: name.to_owned() }, &live, None)
 }

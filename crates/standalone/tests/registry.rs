@@ -5,7 +5,7 @@
 mod fixture;
 
 use fixture::{live, name};
-use onboarding_core::registration::{Ended, State};
+use onboarding_core::registration::{Connection, Ended, Live, State};
 use onboarding_endpoint::backend::{Registry, RegistryError, Stored};
 use onboarding_standalone::data_dir::DataDir;
 use onboarding_standalone::sqlite::SqliteRegistry;
@@ -189,11 +189,36 @@ fn a_file_that_is_not_whole_is_refused_and_left_as_it_is() {
     change("UPDATE registration SET report = '{' WHERE name = 'ratings-7'");
     refused("ratings-7: report");
     std::fs::write(&file, &whole).unwrap();
-    change("PRAGMA user_version = 2");
-    refused("its schema is version 2");
+    change("PRAGMA user_version = 3");
+    refused("its schema is version 3");
     std::fs::remove_file(&file).unwrap();
     change("CREATE TABLE other (x)");
     refused("something else");
+}
+
+#[test]
+fn a_file_of_before_is_brought_up_to_date() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("registry.sqlite");
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let state = live("ratings", "vm", "10.0.0.1", true);
+    runtime.block_on(async {
+        let registry = open(dir.path()).unwrap();
+        registry.store(&name("ratings-1"), 0, &state).await.unwrap();
+    });
+    drop(reopen_lock(dir.path()));
+    let change = |sql: &str| rusqlite::Connection::open(&file).unwrap().execute_batch(sql).unwrap();
+    change("ALTER TABLE registration DROP COLUMN health_since; PRAGMA user_version = 1");
+    for _ in 0..2 {
+        let registry = reopen(dir.path());
+        let stored = runtime.block_on(registry.load(&name("ratings-1"))).unwrap();
+        let (State::Live(read), State::Live(written)) = (&stored.state, &state) else { panic!("{stored:?}") };
+        // Of all that it didn't have, the nearest.
+        let since = match &written.connection {
+            Connection::Connected { since, .. } | Connection::Disconnected { since, .. } => *since,
+        };
+        assert_eq!(**read, Live { health_since: since, ..(**written).clone() });
+    }
 }
 
 /// This test again as a process of its own, that does what `STANDALONE_CHILD` says in the directory `STANDALONE_DIR`.

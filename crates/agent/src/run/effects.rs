@@ -71,6 +71,8 @@ impl Driver {
                 self.held = None;
                 self.identity = None;
                 self.about.configuration_problem = None;
+                self.about.boot_problem = None;
+                self.last_report = None;
                 self.stop_probe();
                 self.kept("that the boot configuration is gone", |driver| driver.store.forget_boot());
             }

@@ -70,6 +70,8 @@ struct Driver {
     evidence: Option<Evidence>,
     session: Option<mpsc::Sender<pb::AgentMessage>>,
     pending: Option<Pending>,
+    /// What the sidecar made of a boot configuration last.
+    last_report: Option<pb::SidecarReport>,
 
     token: Option<StoredToken>,
     held: Option<Arc<HeldBoot>>,
@@ -190,6 +192,7 @@ impl Driver {
             endpoint: format!("{}:{}", endpoint.host, endpoint.port),
             workload_group: settings.configuration.onboarding.group.to_string(),
             configuration_problem: None,
+            boot_problem: None,
         };
         let address = store.address();
         Self {
@@ -212,6 +215,7 @@ impl Driver {
             evidence: None,
             session: None,
             pending: None,
+            last_report: None,
             token,
             held,
             identity,

@@ -14,6 +14,9 @@ use onboarding_wire::onboarding as pb;
 use std::sync::Arc;
 use tokio::sync::mpsc;
 
+/// Of what the plane says is in the way, in characters.
+const LONGEST_PROBLEM: usize = 2000;
+
 /// Everything that can happen.
 pub(super) enum News {
     Linked(Link, Discovery),
@@ -87,7 +90,9 @@ impl Driver {
             News::Session(outgoing) => {
                 tracing::info!("the session is open");
                 self.session = Some(outgoing);
+                self.about.boot_problem = None;
                 self.happened(Event::SessionOpened);
+                self.repeat_report();
             }
             News::Plane(message) => self.plane_says(*message),
             News::Keeper(news) => self.keeper_says(news),
@@ -147,6 +152,15 @@ impl Driver {
                 self.pending = None;
                 self.certificate_refused(refused.message);
             }
+            Some(pb::plane_message::Message::BootRefused(refused)) => {
+                let why: String = refused.message.chars().filter(|c| !c.is_control()).take(LONGEST_PROBLEM).collect();
+                tracing::error!(
+                    why,
+                    "the plane has no boot configuration for this workload; it comes as soon as it can be made"
+                );
+                self.about.boot_problem = Some(why);
+                self.show();
+            }
             Some(pb::plane_message::Message::End(end)) => {
                 let reason = session_end(end.reason());
                 tracing::warn!(reason = ?reason, why = end.message, "the plane ended the session");
@@ -167,6 +181,8 @@ impl Driver {
     }
 
     fn boot_received(&mut self, message: pb::BootConfiguration) {
+        self.about.boot_problem = None;
+        let version = message.version.clone();
         match HeldBoot::apply(self.held.as_deref(), message) {
             Ok(boot) => {
                 match &boot.sidecar {
@@ -200,6 +216,9 @@ impl Driver {
                 let why = error.to_string();
                 let complete = matches!(error, BootError::AnotherBase { .. });
                 tracing::warn!(why, ask_for_all_of_it = complete, "a boot configuration can't be used");
+                if !complete {
+                    self.report_sidecar(version, false, why.clone());
+                }
                 self.happened(Event::BootUnusable { why, complete });
             }
         }

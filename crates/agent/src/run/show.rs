@@ -9,8 +9,18 @@ use sd_notify::NotifyState;
 impl Driver {
     pub(super) fn report_sidecar(&mut self, boot_version: String, accepted: bool, message: String) {
         let report = pb::SidecarReport { boot_version, accepted, message };
-        self.say(pb::agent_message::Message::SidecarReport(report));
+        self.say(pb::agent_message::Message::SidecarReport(report.clone()));
+        self.last_report = Some(report);
         self.show();
+    }
+
+    /// In a new session: whoever holds it may not have been told.
+    pub(super) fn repeat_report(&self) {
+        if let (Some(report), Some(held)) = (&self.last_report, &self.held)
+            && report.boot_version == held.version
+        {
+            self.say(pb::agent_message::Message::SidecarReport(report.clone()));
+        }
     }
 
     /// A failure to write is said, and does not end what works: the disk may be full for a while.

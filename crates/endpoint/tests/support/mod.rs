@@ -162,8 +162,28 @@ impl ConfigSource for Config {
     }
 }
 
+/// A workload of this subject gets its boot configuration once what is in the way was said.
+pub const WITHOUT_MESH: &str = "vm-without-mesh";
+pub const NO_MESH: &str = "there is no such revision; install it";
+
 /// One boot configuration, then nothing; certificates are not issued.
 struct Bare;
+
+/// What operators were told.
+#[derive(Clone, Default)]
+pub struct Told(Arc<Mutex<Vec<Refused>>>);
+
+impl Told {
+    pub fn all(&self) -> Vec<Refused> {
+        self.0.lock().unwrap().clone()
+    }
+}
+
+impl Notices for Told {
+    fn refused(&self, refused: Refused) {
+        self.0.lock().unwrap().push(refused);
+    }
+}
 
 #[async_trait]
 impl Provisioner for Bare {
@@ -173,7 +193,10 @@ impl Provisioner for Bare {
             spiffe_id: workload.name.to_string(),
             ..Default::default()
         };
-        futures_util::stream::iter([Ok(boot)]).chain(futures_util::stream::pending()).boxed()
+        let problem = Err(ProvisionError::Refused(NO_MESH.to_owned()));
+        let problem = workload.name.name.ends_with(WITHOUT_MESH).then_some(problem);
+        let items = problem.into_iter().chain([Ok(boot)]);
+        futures_util::stream::iter(items).chain(futures_util::stream::pending()).boxed()
     }
     async fn certificate(&self, _: &Workload, _: &[u8]) -> Result<pb::Certificate, ProvisionError> {
         Err(ProvisionError::Refused("no mesh here".to_owned()))
@@ -215,6 +238,7 @@ pub struct Plane {
     pub address: SocketAddr,
     pub registry: Arc<Memory>,
     pub audit: Lines,
+    pub told: Told,
     pub readiness: Readiness,
     pub metrics: Arc<Mutex<prometheus_client::registry::Registry>>,
     pub directory: tempfile::TempDir,
@@ -315,7 +339,7 @@ impl Plane {
         limits: Limits,
         (replica, crew): (&str, Arc<Crew>),
     ) -> Self {
-        let audit = Lines::default();
+        let (audit, told) = (Lines::default(), Told::default());
         let readiness = Readiness::default();
         let directory = tempfile::tempdir().unwrap();
         let stop = CancellationToken::new();
@@ -335,7 +359,7 @@ impl Plane {
                 provisioner: Arc::new(Bare),
                 keys: registry.clone(),
                 fleet: Member::join(replica, crew),
-                notices: Arc::new(onboarding_endpoint::backend::LogOnly),
+                notices: Arc::new(told.clone()),
             },
             Arc::new(Attestors::new(Default::default()).unwrap()),
             &mut metrics,
@@ -348,6 +372,7 @@ impl Plane {
             address: running.address,
             registry,
             audit,
+            told,
             readiness,
             metrics: Arc::new(Mutex::new(metrics)),
             directory,

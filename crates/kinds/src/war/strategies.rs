@@ -91,7 +91,7 @@ prop_compose! {
         evidence in any_replay(),
         key in key(),
         report in host_report(),
-        (created_at, token_expires_at) in (timestamp(), timestamp()),
+        (created_at, token_expires_at, health_since) in (timestamp(), timestamp(), timestamp()),
         connection in connection(),
         (ready, message) in (any::<bool>(), ".{0,40}"),
     ) -> Live {
@@ -108,6 +108,7 @@ prop_compose! {
             token_expires_at,
             connection,
             health: Health { ready, message },
+            health_since,
         }
     }
 }

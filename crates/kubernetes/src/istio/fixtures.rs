@@ -96,6 +96,7 @@ pub fn live() -> Live {
             reason: DisconnectReason::NotYetConnected,
         },
         health: Health { ready: false, message: String::new() },
+        health_since: Timestamp::UNIX_EPOCH,
     }
 }
 

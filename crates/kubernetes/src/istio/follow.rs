@@ -5,7 +5,8 @@
 
 use super::inputs::{Inputs, Part};
 use super::render::{self, Start, render};
-use super::{Account, Followed, IstioProvisioner, Metrics, Outcome, Token, TokenStatus, Tokens};
+use super::reports::Followed;
+use super::{Account, IstioProvisioner, Metrics, Outcome, Token, TokenStatus, Tokens};
 use futures_util::stream::{self, BoxStream, StreamExt};
 use onboarding_core::registration::State;
 use onboarding_endpoint::backend::{ProvisionError, Registry, RegistryError, Workload};
@@ -36,6 +37,8 @@ pub(super) struct Follower {
     sent: Option<Sent>,
     /// What was said last to be in the way.
     problem: Option<String>,
+    /// The last look came to a boot configuration, whether a token was there for it or not.
+    has_newest: bool,
     left_out: Vec<String>,
     /// What to do first.
     woken: Option<Woken>,
@@ -73,13 +76,14 @@ impl Follower {
             registry: provisioner.registry.clone(),
             tokens: provisioner.tokens.clone(),
             metrics: provisioner.metrics.clone(),
-            followed: Followed::new(provisioner.reports.clone(), workload.name.clone()),
+            followed: Followed::new(provisioner.reports.clone(), workload.name.clone(), &held),
             workload,
             held,
             part: None,
             token: None,
             sent: None,
             problem: None,
+            has_newest: false,
             left_out: Vec::new(),
             woken: Some(Woken::All),
             retry_at: None,
@@ -109,7 +113,9 @@ impl Follower {
             self.retry_at = None;
             let error = match self.look().await {
                 Ok(boot) => {
-                    self.problem = None;
+                    if self.problem.take().is_some() {
+                        self.followed.no_problem();
+                    }
                     self.backoff.reset();
                     match boot {
                         Some(boot) => return Some(Ok(boot)),
@@ -125,6 +131,7 @@ impl Follower {
             };
             let words = error.to_string();
             if self.problem.as_ref() != Some(&words) {
+                self.followed.problem(&words, self.has_newest);
                 self.problem = Some(words);
                 self.metrics.count_boot(match &error {
                     ProvisionError::Refused(_) => "refused",
@@ -156,6 +163,7 @@ impl Follower {
 
     /// What is to be sent now, if anything.
     async fn look(&mut self) -> Result<Option<BootConfiguration>, Obstacle> {
+        self.has_newest = false;
         let name = &self.workload.name;
         let part = Part::of(&self.inputs.borrow_and_update(), &self.workload.group);
         let part = &*self.part.insert(part);
@@ -177,7 +185,10 @@ impl Follower {
                 false => ProvisionError::Unavailable(words),
             })
         })?;
-        self.followed.newest(&newest.version);
+        self.has_newest = true;
+        if let Some(group) = &part.group {
+            self.followed.newest(&newest.version, group);
+        }
         if self.left_out != newest.left_out {
             self.left_out.clone_from(&newest.left_out);
             if !newest.left_out.is_empty() {
@@ -211,6 +222,7 @@ impl Follower {
             "token" => render::token_alone(&rendered.version, &token),
             _ => rendered.message(&token),
         };
+        self.followed.sent(&rendered.version);
         self.sent = Some(Sent { version: rendered.version, start: rendered.start, token });
         Ok(Some(boot))
     }

@@ -9,14 +9,17 @@ mod inputs;
 mod mesh;
 mod node;
 mod render;
+mod reports;
 mod revision;
 mod sidecars;
 mod tokens;
 
 pub use inputs::{DEFAULT_REVISION, ISTIO_SYSTEM, Inputs, Meshes, Namespace, REVISION_LABEL};
 pub use mesh::{Mesh, PROXY_CONFIG_ANNOTATION, ProxyConfig};
+pub use reports::LastReport;
 pub use tokens::{AUDIENCE, Account, Status as TokenStatus, Token, TokenError, TokenOptions, Tokens};
 
+use crate::registry::Standings;
 use async_trait::async_trait;
 use follow::Follower;
 use futures_util::stream::BoxStream;
@@ -27,8 +30,8 @@ use onboarding_wire::onboarding::{BootConfiguration, Certificate, SidecarReport}
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use reports::Reports;
+use std::sync::Arc;
 use tokio::sync::watch;
 
 /// On a WorkloadGroup (`spec.metadata.annotations`), with the value `true`: a change that needs a restart of its sidecars reaches those
@@ -45,36 +48,27 @@ pub struct IstioProvisioner {
     metrics: Metrics,
 }
 
-/// What a sidecar said last.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LastReport {
-    pub at: Timestamp,
-    pub boot_version: String,
-    pub accepted: bool,
-    /// The sidecar's own words, cleaned and shortened.
-    pub message: String,
-}
-
 impl IstioProvisioner {
-    /// Nothing runs until a workload is provisioned.
+    /// Nothing runs until a workload is provisioned. `standings` is told how far each workload is.
     pub fn new(
         inputs: watch::Receiver<Arc<Inputs>>,
         registry: Arc<dyn Registry>,
+        standings: Arc<dyn Standings>,
         tokens: Tokens,
         metrics: &mut prometheus_client::registry::Registry,
     ) -> Self {
-        Self { inputs, registry, tokens, reports: Arc::default(), metrics: Metrics::register(metrics) }
+        Self { inputs, registry, tokens, reports: Reports::new(standings), metrics: Metrics::register(metrics) }
     }
 
     /// Of a workload that is connected here and has said something.
     pub fn last_report(&self, name: &RegistrationName) -> Option<LastReport> {
-        self.reports.with(|held| held.get(name).and_then(|followed| followed.last.clone()))
+        self.reports.get(name, |progress| progress.last.clone()).flatten()
     }
 
     /// Whether this is the version of all that there is for this workload now. Not while something waits for its next session, nor where
     /// it isn't connected here.
     pub fn is_newest(&self, name: &RegistrationName, version: &str) -> bool {
-        self.reports.with(|held| held.get(name).is_some_and(|followed| followed.newest.as_deref() == Some(version)))
+        self.reports.get(name, |progress| progress.is_newest(version)).unwrap_or_default()
     }
 }
 
@@ -111,64 +105,7 @@ impl Provisioner for IstioProvisioner {
                 "a sidecar didn't come up with its boot configuration"
             );
         }
-        self.reports.with(|held| {
-            if let Some(followed) = held.get_mut(&workload.name) {
-                followed.last = Some(last);
-            }
-        });
-    }
-}
-
-/// The last report of each workload that is followed here.
-#[derive(Default)]
-struct Reports(Mutex<HashMap<RegistrationName, FollowedReport>>);
-
-#[derive(Default)]
-struct FollowedReport {
-    /// A new session may begin before the old one is over.
-    followers: usize,
-    last: Option<LastReport>,
-    /// The version of all that there is, whether it was sent or not.
-    newest: Option<String>,
-}
-
-impl Reports {
-    fn with<T>(&self, act: impl FnOnce(&mut HashMap<RegistrationName, FollowedReport>) -> T) -> T {
-        act(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-}
-
-/// Its report is kept for as long as somebody follows the workload.
-struct Followed {
-    reports: Arc<Reports>,
-    name: RegistrationName,
-}
-
-impl Followed {
-    fn new(reports: Arc<Reports>, name: RegistrationName) -> Self {
-        reports.with(|held| held.entry(name.clone()).or_default().followers += 1);
-        Self { reports, name }
-    }
-
-    fn newest(&self, version: &str) {
-        self.reports.with(|held| {
-            if let Some(followed) = held.get_mut(&self.name) {
-                followed.newest = Some(version.to_owned());
-            }
-        });
-    }
-}
-
-impl Drop for Followed {
-    fn drop(&mut self) {
-        self.reports.with(|held| {
-            if let Some(followed) = held.get_mut(&self.name) {
-                followed.followers -= 1;
-                if followed.followers == 0 {
-                    held.remove(&self.name);
-                }
-            }
-        });
+        self.reports.reported(&workload.name, last);
     }
 }
 
@@ -202,5 +139,3 @@ impl Metrics {
 
 #[cfg(test)]
 mod fixtures;
-#[cfg(test)]
-mod tests;

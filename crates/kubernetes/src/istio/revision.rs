@@ -15,7 +15,9 @@ pub(super) struct Revision<'a> {
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum RevisionError {
-    #[error("{source_of_it} asks for the Istio revision {wanted:?}, which isn't in the cluster; there are: {known}")]
+    #[error(
+        "{source_of_it} asks for the Istio revision {wanted:?}, which isn't in the cluster; there are: {known}; name one of them there, or install that revision"
+    )]
     Unknown { wanted: String, source_of_it: &'static str, known: String },
     #[error(
         "nothing says which Istio revision this workload belongs to, and there are: {known}; set sidecar.istio.revision in the agent's configuration, or the label istio.io/rev on the WorkloadGroup or its namespace"
@@ -147,7 +149,7 @@ mod tests {
         let error = choose(&meshes, &report("canary"), &group(), &namespace(None)).unwrap_err().to_string();
         assert_eq!(
             error,
-            "sidecar.istio.revision of the agent's configuration asks for the Istio revision \"canary\", which isn't in the cluster; there are: 1-29, default, old, prod"
+            "sidecar.istio.revision of the agent's configuration asks for the Istio revision \"canary\", which isn't in the cluster; there are: 1-29, default, old, prod; name one of them there, or install that revision"
         );
         // A tag that leads nowhere is no revision.
         let error = choose(&meshes, &SidecarReport::default(), &labelled("old"), &namespace(None)).unwrap_err();

@@ -37,9 +37,11 @@ mod informers;
 mod memory;
 mod object;
 mod reconcile;
+mod standing;
 mod store;
 
 pub(crate) use memory::LABEL as MEMORY_LABEL;
+pub use standing::{Behind, BehindReason, Standing, Standings};
 
 use api::{Requests, Urgency};
 use async_trait::async_trait;
@@ -51,6 +53,7 @@ use kube::Client;
 use onboarding_core::name::RegistrationName;
 use onboarding_core::registration::State;
 use onboarding_endpoint::backend::{Registry, RegistryError, Stored};
+use standing::Known;
 use std::sync::Arc;
 use std::time::Duration;
 use store::Store;
@@ -90,6 +93,7 @@ pub fn start(
         cache: Cache::default(),
         requests: Requests::new(client, options.namespace, metrics),
         groups,
+        standings: Known::default(),
     });
     let registry = Arc::new(KubernetesRegistry { store, progress: watch::Sender::new(Progress::default()) });
     let task = tokio::spawn(run(registry.clone(), stop));
@@ -137,11 +141,14 @@ impl KubernetesRegistry {
         let problem = problem.unwrap_or_else(|| "no answer yet".to_owned());
         Err(RegistryError::Unavailable(format!("the registrations have not been listed yet: {problem}")))
     }
+}
 
-    /// To be called when an agent reports that its sidecar runs with the boot configuration of now: the war's condition `UpToDate` follows.
-    /// A session that opens counts as that by itself.
-    pub async fn boot_applied(&self, name: &RegistrationName) -> Result<(), RegistryError> {
-        self.store.boot_applied(name).await
+/// The war's condition `UpToDate` follows.
+impl Standings for KubernetesRegistry {
+    fn stands(&self, name: &RegistrationName, standing: Option<Standing>) {
+        if self.store.standings.put(name, standing) {
+            self.store.cache.work.add(name.clone());
+        }
     }
 }
 

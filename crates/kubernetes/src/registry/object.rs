@@ -4,7 +4,7 @@
 //! A war is believed if its annotation says it is of this name, if the name follows from the identity, and if it belongs to the group that
 //! it names: one that was made, copied or renamed by hand is foreign.
 
-use super::groups::Boot;
+use super::standing::BootState;
 use crate::names::MANAGED_BY;
 use jiff::Timestamp;
 use kube::api::{DynamicObject, ObjectMeta};
@@ -53,7 +53,7 @@ pub(crate) struct LiveWar {
     pub group_uid: String,
     /// Its status was written at least once.
     pub has_status: bool,
-    pub boot: Option<Boot>,
+    pub boot: BootState,
 }
 
 /// The annotation's content.
@@ -209,7 +209,8 @@ fn read_live(name: &RegistrationName, object: &DynamicObject, written: WrittenLi
     let status = status.unwrap_or_else(|| Status {
         connection: Connection::Disconnected { since: created_at, reason: DisconnectReason::NotYetConnected },
         health: Health { ready: false, message: NOT_UP.to_owned() },
-        boot: None,
+        health_since: created_at,
+        boot: BootState::default(),
     });
     Ok(LiveWar {
         live: Live {
@@ -225,6 +226,7 @@ fn read_live(name: &RegistrationName, object: &DynamicObject, written: WrittenLi
             token_expires_at: lease::parse_time("tokenExpiresAt", &written.token_expires_at)?,
             connection: status.connection,
             health: status.health,
+            health_since: status.health_since,
         },
         after: written.after,
         group_uid: written.group_uid,
@@ -236,7 +238,8 @@ fn read_live(name: &RegistrationName, object: &DynamicObject, written: WrittenLi
 struct Status {
     connection: Connection,
     health: Health,
-    boot: Option<Boot>,
+    health_since: Timestamp,
+    boot: BootState,
 }
 
 impl Status {
@@ -262,7 +265,12 @@ impl Status {
             ready: healthy["status"] == "True",
             message: healthy["message"].as_str().unwrap_or_default().to_owned(),
         };
-        Some(Self { connection, health, boot: serde_json::from_value(lease["boot"].clone()).ok() })
+        let health_since = healthy["lastTransitionTime"].as_str().and_then(|time| time.parse().ok()).unwrap_or(since);
+        let boot = BootState {
+            applied: serde_json::from_value(lease["boot"].clone()).ok(),
+            behind: serde_json::from_value(lease["behind"].clone()).ok(),
+        };
+        Some(Self { connection, health, health_since, boot })
     }
 }
 
@@ -340,6 +348,7 @@ fn annotate(object: &mut DynamicObject, written: &Written) -> Result<(), String>
 }
 
 /// What the reconciler adds to a war's conditions.
+#[derive(Debug)]
 pub(crate) struct Condition {
     pub kind: &'static str,
     /// `None`: as it should be.
@@ -351,7 +360,7 @@ pub(crate) fn status(
     object: &DynamicObject,
     name: &RegistrationName,
     live: &Live,
-    boot: Option<&Boot>,
+    boot: &BootState,
     added: &[Condition],
     now: Timestamp,
 ) -> Value {
@@ -366,8 +375,11 @@ pub(crate) fn status(
             lease.insert("reason".to_owned(), lease::reason_name(*reason).into())
         }
     };
-    if let Some(boot) = boot {
-        lease.insert("boot".to_owned(), json!(boot));
+    if let Some(applied) = &boot.applied {
+        lease.insert("boot".to_owned(), json!(applied));
+    }
+    if let Some(behind) = &boot.behind {
+        lease.insert("behind".to_owned(), json!(behind));
     }
     new["lease"] = lease.into();
     let old = object.data["status"]["conditions"].as_array();

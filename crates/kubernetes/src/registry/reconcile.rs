@@ -127,7 +127,7 @@ async fn one(store: &Store, name: &RegistrationName) -> Result<Option<Duration>,
             if !has_status && problem.is_none() && age < FIRST_STATUS_AFTER {
                 return Ok(Some(FIRST_STATUS_AFTER - age));
             }
-            store.show(name, war, problem).await?;
+            return store.show(name, war, problem).await;
         }
         (_, war) => {
             if let Some(entry) = record.entry.get().filter(|entry| matches!(entry.owner, Owner::War(_))) {

@@ -5,11 +5,13 @@ use super::cache::{Cache, Lost, Record, View};
 use super::groups::{Boot, Groups};
 use super::memory::Content;
 use super::object::{self, Condition, LiveWar, Meaning, War};
+use super::standing::{BootState, Known};
 use jiff::Timestamp;
 use onboarding_core::name::RegistrationName;
 use onboarding_core::registration::{Connection, Ended, Live, State};
 use onboarding_endpoint::backend::{RegistryError, Stored};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::watch;
 use uuid::Uuid;
 
@@ -20,6 +22,8 @@ pub(crate) struct Store {
     pub cache: Cache,
     pub requests: Requests,
     pub groups: watch::Receiver<Arc<Groups>>,
+    /// How far the agents are that have a session here.
+    pub standings: Known,
 }
 
 impl From<CallError> for RegistryError {
@@ -218,8 +222,12 @@ impl Store {
         new: &Live,
     ) -> Result<u64, RegistryError> {
         let old = &before.live;
-        let settled =
-            |live: &Live| Live { connection: old.connection.clone(), health: old.health.clone(), ..live.clone() };
+        let settled = |live: &Live| Live {
+            connection: old.connection.clone(),
+            health: old.health.clone(),
+            health_since: old.health_since,
+            ..live.clone()
+        };
         let decides = settled(new) != *old;
         let shows = new.connection != old.connection || new.health != old.health;
         let mut war = war.clone();
@@ -232,29 +240,15 @@ impl Store {
         }
         if shows {
             let mut object = war.object().map_err(RegistryError::Unavailable)?;
-            let now = self.boot_now(new);
-            let boot = match (&old.connection, &new.connection) {
-                (Connection::Connected { session: old, .. }, Connection::Connected { session: new, .. })
-                    if old == new =>
-                {
-                    before.boot.clone()
-                }
-                // It is given the group's boot configuration as it opens.
-                (_, Connection::Connected { .. }) => now.clone(),
-                (_, Connection::Disconnected { .. }) => before.boot.clone(),
-            };
+            let boot = before.boot.with(self.standings.settled(name).0);
             let mut conditions = published_before(&object.data);
-            conditions.extend(up_to_date(boot.as_ref(), now.as_ref()));
-            object.data["status"] = object::status(&object, name, new, boot.as_ref(), &conditions, Timestamp::now());
+            conditions.extend(self.up_to_date(new, &boot));
+            object.data["status"] = object::status(&object, name, new, &boot, &conditions, Timestamp::now());
             let result = self.requests.replace_war_status(Urgency::Join, name, &object).await;
             war = self.or_conflict(name, result).await?;
             self.cache.edit(name, |record| record.war.put(war.clone()));
         }
         Ok(war.version)
-    }
-
-    fn boot_now(&self, live: &Live) -> Option<Boot> {
-        self.groups.borrow().get(&live.group).map(|group| Boot::of(&group.group))
     }
 
     /// From here on the registration is over, whoever carries out the rest.
@@ -366,50 +360,39 @@ impl Store {
         Err(RegistryError::Unavailable(format!("what is remembered of {name} changes too often")))
     }
 
-    /// Puts what the reconciler found into the war's conditions, if they say anything else.
+    /// Puts what the reconciler found, and what is known of the agent's boot configuration, into the war's status, if it says anything
+    /// else. `Some`: after so long there may be more to say.
     pub(crate) async fn show(
         &self,
         name: &RegistrationName,
         war: &War,
         published: Option<(&'static str, String)>,
-    ) -> Result<(), CallError> {
-        let Some(live) = war.live() else { return Ok(()) };
+    ) -> Result<Option<Duration>, CallError> {
+        let Some(live) = war.live() else { return Ok(None) };
         let mut object = war.object().map_err(CallError::Unavailable)?;
         let mut conditions = published_before(&object.data);
         if published.is_some() || !conditions.is_empty() {
             conditions = vec![Condition { kind: PUBLISHED, problem: published }];
         }
-        conditions.extend(up_to_date(live.boot.as_ref(), self.boot_now(&live.live).as_ref()));
-        let status = object::status(&object, name, &live.live, live.boot.as_ref(), &conditions, Timestamp::now());
-        if status["conditions"] == object.data["status"]["conditions"] {
-            return Ok(());
+        let (standing, again) = self.standings.settled(name);
+        let boot = live.boot.with(standing);
+        conditions.extend(self.up_to_date(&live.live, &boot));
+        let status = object::status(&object, name, &live.live, &boot, &conditions, Timestamp::now());
+        if status["conditions"] == object.data["status"]["conditions"] && boot == live.boot {
+            return Ok(again);
         }
         object.data["status"] = status;
         let war = self.requests.replace_war_status(Urgency::Upkeep, name, &object).await?;
         self.cache.edit(name, |record| record.war.put(war));
-        Ok(())
+        Ok(again)
     }
 
-    /// The boot configuration that the group asks for now has reached the agent of this registration.
-    pub(crate) async fn boot_applied(&self, name: &RegistrationName) -> Result<(), RegistryError> {
-        let record = self.cache.get(name);
-        let Some((war, live)) = record.war.get().and_then(|war| Some((war, war.live()?))) else { return Ok(()) };
-        let now = self.boot_now(&live.live);
-        if now.is_none() || now == live.boot {
-            return Ok(());
-        }
-        let mut object = war.object().map_err(RegistryError::Unavailable)?;
-        let mut conditions = published_before(&object.data);
-        conditions.extend(up_to_date(now.as_ref(), now.as_ref()));
-        object.data["status"] = object::status(&object, name, &live.live, now.as_ref(), &conditions, Timestamp::now());
-        let result = self.requests.replace_war_status(Urgency::Upkeep, name, &object).await;
-        let war = self.or_conflict(name, result).await?;
-        self.cache.edit(name, |record| record.war.put(war));
-        Ok(())
+    fn up_to_date(&self, live: &Live, boot: &BootState) -> Option<Condition> {
+        let now = self.groups.borrow().get(&live.group).map(|group| Boot::of(&group.group));
+        boot.condition(now.as_ref(), matches!(live.connection, Connection::Connected { .. }))
     }
 }
 
-const UP_TO_DATE: &str = "UpToDate";
 const PUBLISHED: &str = "Published";
 
 /// As the reconciler left it.
@@ -428,16 +411,3 @@ fn published_before(data: &serde_json::Value) -> Vec<Condition> {
 
 pub(crate) const NOT_OURS: &str = "WorkloadEntryNotOurs";
 pub(crate) const NO_ADDRESS: &str = "NoAddress";
-
-/// `None`: nobody knows what the sidecar was started with.
-fn up_to_date(boot: Option<&Boot>, now: Option<&Boot>) -> Option<Condition> {
-    let differences = boot?.differences(now?);
-    let problem = (!differences.is_empty()).then(|| {
-        let message = format!(
-            "the WorkloadGroup changed: {}; the sidecar takes that in when it starts anew",
-            differences.join("; ")
-        );
-        ("GroupChanged", message)
-    });
-    Some(Condition { kind: UP_TO_DATE, problem })
-}

@@ -44,8 +44,6 @@ pub(super) async fn edits_of_others_survive_and_nothing_is_written_twice(cluster
     // Nothing changes: nothing is written.
     let versions = |war: &Value, entry: &Value| [war, entry].map(|it| it["metadata"]["resourceVersion"].clone());
     let before = versions(&war, &entry);
-    let counts =
-        |plane: &Plane| ["apply entry", "update entry status", "update war status"].map(|it| plane.requests(it));
     let counted = counts(&plane);
     let (read, version) = plane.live(&name).await;
     let same = plane.registry.store(&name, version, &live_state(&read)).await.unwrap();
@@ -62,6 +60,11 @@ pub(super) async fn edits_of_others_survive_and_nothing_is_written_twice(cluster
     assert_eq!(versions(&war, &entry), before);
     // The other's entry, once.
     assert_eq!(counts(&plane), [counted[0] + 1, counted[1], counted[2]]);
+}
+
+/// Requests that write what the reconciler sees to.
+fn counts(plane: &Plane) -> [u64; 3] {
+    ["apply entry", "update entry status", "update war status"].map(|it| plane.requests(it))
 }
 
 pub(super) async fn a_group_reaches_its_entries(cluster: &Cluster) {
@@ -98,12 +101,55 @@ pub(super) async fn a_group_reaches_its_entries(cluster: &Cluster) {
         let message = condition(&war, "UpToDate").unwrap()["message"].as_str().unwrap();
         assert!(message.contains("\"other\"") && message.contains("\"ratings-vm\""), "{message}");
     }
-    // One reports it, another opens a new session: both have it now.
-    plane.registry.boot_applied(&hosts[0].0).await.unwrap();
+    // A new session alone says nothing of the sidecar.
     plane.insist(&hosts[1].0, |_| live_state(&connected(&hosts[1].1, "later"))).await;
     for (name, _) in &hosts[..2] {
+        let war = home.until_war(name, "the condition", |war| has(war, "UpToDate", "False")).await;
+        assert_eq!(condition(&war, "UpToDate").unwrap()["reason"], "GroupChanged");
+        plane.registry.stands(name, Some(applied(&plane)));
         home.until_war(name, "the condition", |war| has(war, "UpToDate", "True")).await;
     }
+}
+
+/// The group as this plane knows it is what the sidecar runs with.
+fn applied(plane: &Plane) -> Standing {
+    let groups = plane.groups.borrow();
+    Standing::Applied(groups.values().next().unwrap().group.clone())
+}
+
+/// What a sidecar makes of its boot configuration, on one replica and on the next.
+pub(super) async fn a_war_says_how_far_its_sidecar_is(cluster: &Cluster) {
+    let home = Home::new(cluster, "standing").await;
+    let plane = home.plane().await;
+    let (name, live) = home.live(1, 1);
+    plane.store_live(&name, &live).await;
+    let reason = |war: &Value| condition(war, "UpToDate").map(|it| it["reason"].as_str().unwrap().to_owned());
+    let war = home.until_war(&name, "its status", |war| war["status"]["conditions"].is_array()).await;
+    assert_eq!(reason(&war), None, "it was never connected");
+    plane.insist(&name, |_| live_state(&connected(&live, "s"))).await;
+    home.until_war(&name, "no report yet", |war| reason(war).as_deref() == Some("NotApplied")).await;
+    plane.registry.stands(&name, Some(applied(&plane)));
+    let war = home.until_war(&name, "the report", |war| has(war, "UpToDate", "True")).await;
+
+    // What passes within moments isn't written; what somebody has to see to is.
+    let writes = counts(&plane);
+    let behind = |reason, message: &str| Some(Standing::Behind(Behind { reason, message: message.to_owned() }));
+    plane.registry.stands(&name, behind(BehindReason::NotApplied, "soon"));
+    plane.registry.stands(&name, Some(applied(&plane)));
+    plane.registry.stands(&name, behind(BehindReason::Refused, "no such filter"));
+    let refused = home.until_war(&name, "the refusal", |war| reason(war).as_deref() == Some("Refused")).await;
+    assert!(condition(&refused, "UpToDate").unwrap()["message"].as_str().unwrap().contains("no such filter"));
+    assert_eq!(counts(&plane).iter().sum::<u64>(), writes.iter().sum::<u64>() + 1, "one write");
+    assert_ne!(war["metadata"]["resourceVersion"], refused["metadata"]["resourceVersion"]);
+
+    // Another replica knows as much, and says it again with what it writes itself.
+    plane.registry.stands(&name, None);
+    let next = home.plane().await;
+    next.insist(&name, |_| live_state(&connected(&live, "later"))).await;
+    let war = home.until_war(&name, "the next session", |war| war["status"]["lease"]["session"] == "later").await;
+    assert_eq!(reason(&war).as_deref(), Some("Refused"));
+    next.registry.stands(&name, Some(applied(&next)));
+    home.until_war(&name, "the report", |war| has(war, "UpToDate", "True")).await;
 }
 
 pub(super) async fn what_no_plane_made_is_left_alone(cluster: &Cluster) {

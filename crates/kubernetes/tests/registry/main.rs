@@ -25,7 +25,7 @@ use onboarding_core::registration::{
 use onboarding_endpoint::backend::{Registry, RegistryError, Stored};
 use onboarding_kubernetes::names;
 use onboarding_kubernetes::registry::groups::{GroupObject, Groups};
-use onboarding_kubernetes::registry::{KubernetesRegistry, Options, start};
+use onboarding_kubernetes::registry::{Behind, BehindReason, KubernetesRegistry, Options, Standing, Standings, start};
 use onboarding_testkit::cluster::{self, Cluster};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -63,6 +63,7 @@ async fn registrations_in_a_cluster() {
     ending::owners_clean_up(&cluster).await;
     entries::edits_of_others_survive_and_nothing_is_written_twice(&cluster).await;
     entries::a_group_reaches_its_entries(&cluster).await;
+    entries::a_war_says_how_far_its_sidecar_is(&cluster).await;
     entries::what_no_plane_made_is_left_alone(&cluster).await;
     entries::an_entry_is_put_back_and_says_when_it_cannot_be_made(&cluster).await;
     crowds::many_come_and_go(&cluster).await;
@@ -270,6 +271,7 @@ impl Home {
             token_expires_at: now + SignedDuration::from_hours(1),
             connection: Connection::Disconnected { since: now, reason: DisconnectReason::NotYetConnected },
             health: Health { ready: false, message: NOT_UP.to_owned() },
+            health_since: now,
         };
         (registration_name(&live.group, &live.attested.identity, None).unwrap(), live)
     }

@@ -32,18 +32,19 @@ pub struct Row {
     disconnect_reason: Option<String>,
     ready: Option<bool>,
     health_message: Option<String>,
+    health_since: Option<String>,
 }
 
 pub const SELECT: &str = "SELECT namespace, name, version, state, key_thumbprint, key_replay, ended_at, group_namespace, group_name, \
      identity, claimed_only, issuer_short_name, evidence_replay, report, created_at, token_expires_at, replica, session, \
-     connection_since, disconnect_reason, ready, health_message FROM registration";
+     connection_since, disconnect_reason, ready, health_message, health_since FROM registration";
 
 const REPLACE: &str = "INSERT OR REPLACE INTO registration (namespace, name, version, state, key_thumbprint, key_replay, ended_at, \
      group_namespace, group_name, identity, claimed_only, issuer_short_name, evidence_replay, report, created_at, token_expires_at, \
-     replica, session, connection_since, disconnect_reason, ready, health_message) \
+     replica, session, connection_since, disconnect_reason, ready, health_message, health_since) \
      VALUES (:namespace, :name, :version, :state, :key_thumbprint, :key_replay, :ended_at, :group_namespace, :group_name, :identity, \
      :claimed_only, :issuer_short_name, :evidence_replay, :report, :created_at, :token_expires_at, :replica, :session, \
-     :connection_since, :disconnect_reason, :ready, :health_message)";
+     :connection_since, :disconnect_reason, :ready, :health_message, :health_since)";
 
 impl Row {
     /// `None` for `Absent`, which has no row. What is returned can be read back.
@@ -73,6 +74,7 @@ impl Row {
             token_expires_at: time(live.token_expires_at),
             ready: Some(live.health.ready),
             health_message: Some(live.health.message.clone()),
+            health_since: time(live.health_since),
             ..Self::default()
         };
         match &live.connection {
@@ -149,6 +151,11 @@ impl Row {
                 ready: self.ready.ok_or("ready is missing")?,
                 message: needed("health_message", &self.health_message)?.to_owned(),
             },
+            // Rows of before this was kept have none.
+            health_since: match &self.health_since {
+                Some(_) => parse_time("health_since", &self.health_since)?,
+                None => since,
+            },
         })
     }
 
@@ -176,6 +183,7 @@ impl Row {
             ":disconnect_reason": self.disconnect_reason,
             ":ready": self.ready,
             ":health_message": self.health_message,
+            ":health_since": self.health_since,
         })?;
         Ok(())
     }
@@ -212,6 +220,7 @@ pub fn read(row: &rusqlite::Row<'_>) -> rusqlite::Result<Result<(RegistrationNam
         disconnect_reason: row.get("disconnect_reason")?,
         ready: row.get("ready")?,
         health_message: row.get("health_message")?,
+        health_since: row.get("health_since")?,
     };
     Ok(columns
         .state()

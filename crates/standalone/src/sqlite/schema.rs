@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// `user_version` of the file that this code writes.
-const VERSION: i64 = 1;
+const VERSION: i64 = 2;
 
 /// Times are RFC 3339 in UTC, so that the file can be read with `sqlite3`; identities and reports are JSON as in a war's `spec`.
 const TABLES: &str = "
@@ -40,11 +40,14 @@ CREATE TABLE registration (
     disconnect_reason TEXT,
     ready INTEGER,
     health_message TEXT,
+    health_since TEXT,
     PRIMARY KEY (namespace, name)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE sequence (only INTEGER PRIMARY KEY CHECK (only = 1), version INTEGER NOT NULL) STRICT;
 INSERT INTO sequence VALUES (1, 0);
 ";
+/// From version 1: since when a workload is ready, or isn't.
+const FROM_1: &str = "ALTER TABLE registration ADD COLUMN health_since TEXT";
 
 type Opened = (Connection, u64, HashMap<RegistrationName, Arc<Stored>>);
 
@@ -80,7 +83,7 @@ fn read(connection: &mut Connection) -> anyhow::Result<(u64, HashMap<Registratio
     let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
     let tables: i64 = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
     match (version, tables) {
-        (VERSION, _) | (0, 0) => {}
+        (VERSION | 1, _) | (0, 0) => {}
         (0, _) => bail!("it is an SQLite file of something else; give the plane a data directory of its own"),
         (newer, _) => bail!("its schema is version {newer}, this plane knows {VERSION}; run the plane that wrote it"),
     }
@@ -89,9 +92,9 @@ fn read(connection: &mut Connection) -> anyhow::Result<(u64, HashMap<Registratio
         bail!("its file system doesn't allow SQLite's write-ahead log (journal mode {mode}); use a local disk");
     }
     connection.execute_batch("PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; PRAGMA trusted_schema = OFF;")?;
-    if version == 0 {
+    if version != VERSION {
         let transaction = connection.transaction()?;
-        transaction.execute_batch(TABLES)?;
+        transaction.execute_batch(if version == 0 { TABLES } else { FROM_1 })?;
         transaction.pragma_update(None, "user_version", VERSION)?;
         transaction.commit()?;
     }
