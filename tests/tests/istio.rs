@@ -26,6 +26,12 @@ fn join(world: &mut World) -> anyhow::Result<()> {
         let answer = pair.productpage.call(host)?;
         ensure!(answer.application.starts_with("ratings"), "{host}: {answer:?}");
     }
+    let hosts = pair.productpage.agent_verb(&["hosts"])?;
+    for name in ["ratings.bookinfo", "ratings.bookinfo.svc", "ratings.bookinfo.svc.cluster.local"] {
+        let mapped = |line: &str| line.starts_with("127.0.0.2 ") && line.split_whitespace().any(|word| word == name);
+        let is_there = hosts.stdout.lines().any(mapped);
+        ensure!(is_there, "{name}: {hosts:?}");
+    }
     let proxy = format!("{}.bookinfo", pair.ratings.registration());
     until("istiod knows the proxy by its registration", Duration::from_secs(10), || {
         let status = world.mesh()?.sync_status()?;

@@ -93,6 +93,7 @@ pub fn start(
         api: Api::namespaced_with(client, &options.namespace, &resource),
         labels: Some(format!("{}={}", MANAGED_BY.0, MANAGED_BY.1)),
         fields: None,
+        slim: Arc::new(|object| object.metadata.managed_fields = None),
     };
     let task = tokio::spawn(run(fleet.clone(), Arc::new(keeper), watched, stop));
     (fleet, task)

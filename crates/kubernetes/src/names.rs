@@ -25,6 +25,9 @@ pub fn workload_entry() -> ApiResource {
 pub fn sidecar() -> ApiResource {
     resource("networking.istio.io", "v1", "Sidecar", "sidecars")
 }
+pub fn service_entry() -> ApiResource {
+    resource("networking.istio.io", "v1", "ServiceEntry", "serviceentries")
+}
 
 fn resource(group: &str, version: &str, kind: &str, plural: &str) -> ApiResource {
     ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(group, version, kind), plural)

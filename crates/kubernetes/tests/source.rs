@@ -6,7 +6,7 @@ use kube::Api;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use onboarding_core::name::GroupName;
 use onboarding_endpoint::backend::{ConfigSource, Snapshot};
-use onboarding_kubernetes::istio::DEFAULT_REVISION;
+use onboarding_kubernetes::istio::{DEFAULT_REVISION, Named, Names};
 use onboarding_kubernetes::source::{self, ClusterSource, Options, PLANE_CONFIG, PLANE_CONFIG_KEY};
 use onboarding_testkit::cluster::{Cluster, Options as ClusterOptions};
 use prometheus_client::registry::Registry as Metrics;
@@ -246,19 +246,43 @@ async fn what_the_provisioner_needs(cluster: &Cluster, reading: &Reading) {
              apiVersion: v1\nkind: ConfigMap\nmetadata: {name: istio-canary, namespace: istio-system}\ndata: {mesh: \"\"}\n---\n\
              apiVersion: v1\nkind: ConfigMap\nmetadata: {name: istio-ca-root-cert, namespace: istio-system}\ndata: {root-cert.pem: PEM}\n---\n\
              apiVersion: networking.istio.io/v1\nkind: Sidecar\nmetadata: {name: bookinfo-ratings-no-iptables, namespace: bookinfo}\n\
-             spec: {egress: [{bind: 127.0.0.2, port: {number: 8080}, hosts: ['./*']}]}\n",
+             spec: {egress: [{bind: 127.0.0.2, port: {number: 8080}, hosts: ['./*']}]}\n---\n\
+             apiVersion: v1\nkind: Service\nmetadata: {name: details, namespace: bookinfo, annotations: {networking.istio.io/exportTo: '.'}}\n\
+             spec: {ports: [{port: 8080}], selector: {app: details}}\n---\n\
+             apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {name: example, namespace: bookinfo}\n\
+             spec: {hosts: [example.org], resolution: DNS, ports: [{number: 8080, name: http, protocol: HTTP}], exportTo: ['*']}\n",
         )
         .unwrap();
     cluster.kubectl(["label", "namespace", "bookinfo", "istio.io/rev=canary"]).unwrap();
+    let service = |namespace, name, export_to, port| {
+        Named::service(namespace, name, export_to, &serde_json::json!({"ports": [{"port": port}]}))
+    };
+    let entry = serde_json::json!({"hosts": ["example.org"], "ports": [{"number": 8080}], "exportTo": ["*"]});
+    let named = [
+        service("bookinfo", "details", Some("."), 8080),
+        service("default", "kubernetes", None, 443),
+        Named::service_entry("bookinfo", &entry),
+    ];
+    let expected = Names::new(named.into_iter().flatten().collect(), &Names::default());
     let complete = inputs.wait_for(|it| {
         let bookinfo = it.namespaces.get("bookinfo");
         it.meshes.by_revision.len() == 2
             && bookinfo.is_some_and(|it| it.sidecars.len() == 1 && it.revision.as_deref() == Some("canary"))
             && it.namespaces.get("istio-system").is_some_and(|it| it.root_certificates.is_some())
+            && *it.names == expected
     });
     let inputs = tokio::time::timeout(WITHIN, complete).await.unwrap().unwrap().clone();
     assert_eq!(inputs.meshes.by_revision[DEFAULT_REVISION].as_ref().unwrap().trust_domain, "example.org");
     assert!(inputs.groups.contains_key(&name("ratings")));
+    // What nobody asks of a Service changes nothing; a Service that is gone does.
+    let names = inputs.names.clone();
+    cluster.kubectl(["label", "service", "details", "-n", "bookinfo", "touched=true"]).unwrap();
+    cluster.kubectl(["delete", "serviceentry", "example", "-n", "bookinfo"]).unwrap();
+    let mut inputs = reading.source.inputs();
+    let fewer = inputs.wait_for(|it| !Arc::ptr_eq(&it.names, &names));
+    let inputs = tokio::time::timeout(WITHIN, fewer).await.unwrap().unwrap().clone();
+    let named = [service("bookinfo", "details", Some("."), 8080), service("default", "kubernetes", None, 443)];
+    assert_eq!(*inputs.names, Names::new(named.into_iter().flatten().collect(), &Names::default()));
 }
 
 async fn the_api_server_goes_and_comes(cluster: &Cluster, reading: &mut Reading) {

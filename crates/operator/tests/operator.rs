@@ -213,7 +213,7 @@ fn the_plane_runs_with_what_its_account_may() {
 }
 
 /// What nobody of onboarding may.
-const NEVER: [&str; 21] = [
+const NEVER: [&str; 24] = [
     "list secrets -A",
     "list secrets -n istio-system",
     "get secrets/istio-ca-secret -n istio-system",
@@ -224,6 +224,9 @@ const NEVER: [&str; 21] = [
     "create pods -n istio-system",
     "create pods --subresource=exec -n istio-system",
     "list nodes",
+    "update services -n bookinfo",
+    "create serviceentries -n bookinfo",
+    "list endpoints -n bookinfo",
     "create deployments -n istio-system",
     "create clusterroles",
     "escalate clusterroles",
@@ -250,6 +253,8 @@ fn each_account_can_do_what_it_needs_and_no_more() {
         "patch onboardingpolicies --subresource=status -n bookinfo",
         "watch workloadgroups -n bookinfo",
         "watch sidecars -n bookinfo",
+        "watch serviceentries -n bookinfo",
+        "list services -A",
         "create workloadautoregistrations -n bookinfo",
         "update workloadautoregistrations --subresource=status -n bookinfo",
         "patch workloadentries -n bookinfo",

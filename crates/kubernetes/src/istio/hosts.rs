@@ -4,73 +4,186 @@
 //! out: without redirection its requests end in 503, so a name that can't be resolved is the better answer.
 
 use super::sidecars::DEFAULT_BIND;
-use onboarding_kinds::mesh::{EgressListener, Service, ServiceEntry, Sidecar};
+use onboarding_kinds::mesh::{EgressListener, Sidecar};
 use onboarding_wire::onboarding as pb;
-use std::collections::BTreeMap;
+use serde_json::Value;
+use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// What a hosts file is still read with at each look-up, and a message carries.
 const MOST_NAMES: usize = 10_000;
 const CLUSTER_DOMAIN: &str = "cluster.local";
+/// On a Service, as `spec.exportTo` on a ServiceEntry: who may see it.
+pub const EXPORT_TO_ANNOTATION: &str = "networking.istio.io/exportTo";
 
-/// By address, each name once: that of the listener which is named first. `true`: there were more.
-pub(super) fn aliases(
-    namespace: &str,
-    sidecar: &Sidecar,
-    services: &[Service],
-    entries: &[ServiceEntry],
-) -> (Vec<pb::HostAlias>, bool) {
-    let mut names: BTreeMap<String, IpAddr> = BTreeMap::new();
-    let mut more = false;
-    let mut add = |name: String, bind: IpAddr| {
-        if names.len() < MOST_NAMES || names.contains_key(&name) {
-            names.entry(name).or_insert(bind);
-        } else {
-            more = true;
+/// What of a Service or a ServiceEntry counts here: a cluster has many of them, and each is held for as long as it is there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Named {
+    namespace: Box<str>,
+    /// Its fully qualified name, or the host names of a ServiceEntry.
+    hosts: Box<[Box<str>]>,
+    /// A Service of Kubernetes, which has shorter names too.
+    is_service: bool,
+    ports: Box<[u16]>,
+    /// Empty: everybody.
+    export_to: Box<[Box<str>]>,
+}
+
+impl Named {
+    /// `None`: it has no name that leads anywhere (headless, or somebody else's name).
+    pub fn service(namespace: &str, name: &str, export_to: Option<&str>, spec: &Value) -> Option<Self> {
+        if spec["clusterIP"] == "None" || spec["type"] == "ExternalName" {
+            return None;
         }
-    };
-    for egress in &sidecar.egress {
-        let Ok(bind) = egress.bind.as_deref().unwrap_or(DEFAULT_BIND).parse::<IpAddr>() else { continue };
-        let has_port = |number: u16| egress.port.as_ref().is_none_or(|port| port.number == number);
-        for service in services {
-            let host = format!("{}.{}.svc.{CLUSTER_DOMAIN}", service.name, service.namespace);
-            if service.cluster_ip.as_deref() == Some("None")
-                || !service.ports.iter().any(|port| has_port(port.number))
-                || !takes(egress, namespace, &service.namespace, &host)
-            {
-                continue;
-            }
-            let short = format!("{}.{}", service.name, service.namespace);
-            add(format!("{short}.svc"), bind);
-            add(short, bind);
-            add(host, bind);
+        let host: Box<str> = format!("{name}.{namespace}.svc.{CLUSTER_DOMAIN}").into();
+        Some(Self {
+            namespace: namespace.into(),
+            hosts: Box::new([host]),
+            is_service: true,
+            ports: ports(&spec["ports"], "port"),
+            export_to: export_to
+                .map(|text| text.split(',').map(str::trim).filter(|to| !to.is_empty()).map(Box::from).collect())
+                .unwrap_or_default(),
+        })
+    }
+
+    /// Of the annotations of a Service.
+    pub fn export_to_of(annotations: &BTreeMap<String, String>) -> Option<&str> {
+        annotations.get(EXPORT_TO_ANNOTATION).map(String::as_str)
+    }
+
+    /// `None`: its hosts are wildcards, addresses, or none.
+    pub fn service_entry(namespace: &str, spec: &Value) -> Option<Self> {
+        let texts = |field: &str| spec[field].as_array().into_iter().flatten().filter_map(Value::as_str);
+        let is_name = |host: &&str| !host.is_empty() && !host.contains('*') && host.parse::<IpAddr>().is_err();
+        let hosts: Box<[Box<str>]> = texts("hosts").filter(is_name).map(Box::from).collect();
+        (!hosts.is_empty()).then(|| Self {
+            namespace: namespace.into(),
+            hosts,
+            is_service: false,
+            ports: ports(&spec["ports"], "number"),
+            export_to: texts("exportTo").map(Box::from).collect(),
+        })
+    }
+
+    fn is_visible_from(&self, namespace: &str) -> bool {
+        self.export_to.is_empty()
+            || self.export_to.iter().any(|to| match &**to {
+                "*" => true,
+                "." => *self.namespace == *namespace,
+                to => to == namespace,
+            })
+    }
+}
+
+fn ports(list: &Value, field: &str) -> Box<[u16]> {
+    let numbers = list.as_array().into_iter().flatten().filter_map(|port| port[field].as_u64());
+    numbers.filter_map(|number| u16::try_from(number).ok()).collect()
+}
+
+/// Everything in the cluster that has a name, and what was already looked up in it.
+#[derive(Debug, Default)]
+pub struct Names {
+    all: Vec<Named>,
+    known: Mutex<HashMap<Question, Arc<Aliases>>>,
+}
+
+/// Who asks: the namespace of the workload, and the listeners of its Sidecar.
+type Question = (String, Vec<(Option<u16>, Option<String>, Vec<String>)>);
+
+/// What one Sidecar makes of them.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct Aliases {
+    /// By address, each name once: that of the listener which is named first.
+    pub by_address: Vec<pb::HostAlias>,
+    /// There were more than a hosts file is good for.
+    pub more: bool,
+}
+
+impl PartialEq for Names {
+    fn eq(&self, other: &Self) -> bool {
+        self.all == other.all
+    }
+}
+
+impl Names {
+    /// `before`: where the answers are the same as there, they are the same `Arc`, so that ten thousand agents needn't compare them.
+    pub fn new(all: Vec<Named>, before: &Self) -> Self {
+        let asked: Vec<(Question, Arc<Aliases>)> =
+            before.known.lock().unwrap_or_else(PoisonError::into_inner).clone().into_iter().collect();
+        let names = Self { all, known: Mutex::default() };
+        let known = asked.into_iter().map(|(question, held)| {
+            let now = names.look_up(&question);
+            (question, if *held == now { held } else { Arc::new(now) })
+        });
+        let known = known.collect();
+        Self { known: Mutex::new(known), ..names }
+    }
+
+    /// For a workload of `namespace` with this Sidecar.
+    pub(super) fn aliases(&self, namespace: &str, sidecar: &Sidecar) -> Arc<Aliases> {
+        let listener = |egress: &EgressListener| {
+            (egress.port.as_ref().map(|port| port.number), egress.bind.clone(), egress.hosts.clone())
+        };
+        let question: Question = (namespace.to_owned(), sidecar.egress.iter().map(listener).collect());
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(held) = known.get(&question) {
+            return held.clone();
         }
-        for entry in entries {
-            let visible = entry.namespace == namespace
-                || entry.export_to.is_empty()
-                || entry.export_to.iter().any(|to| to == "*" || to == namespace);
-            if !visible || !entry.ports.iter().any(|port| has_port(port.number)) {
-                continue;
+        if known.len() >= MOST_QUESTIONS {
+            // Sidecars that were changed many times.
+            known.clear();
+        }
+        let found = Arc::new(self.look_up(&question));
+        known.insert(question, found.clone());
+        found
+    }
+
+    fn look_up(&self, (namespace, listeners): &Question) -> Aliases {
+        let mut names: BTreeMap<String, IpAddr> = BTreeMap::new();
+        let mut more = false;
+        let mut add = |name: String, bind: IpAddr| {
+            if names.len() < MOST_NAMES || names.contains_key(&name) {
+                names.entry(name).or_insert(bind);
+            } else {
+                more = true;
             }
-            for host in &entry.hosts {
-                let is_name = !host.contains('*') && host.parse::<IpAddr>().is_err();
-                if is_name && takes(egress, namespace, &entry.namespace, host) {
-                    add(host.clone(), bind);
+        };
+        for (port, bind, selectors) in listeners {
+            let Ok(bind) = bind.as_deref().unwrap_or(DEFAULT_BIND).parse::<IpAddr>() else { continue };
+            for named in &self.all {
+                let has_port = named.ports.iter().any(|number| port.is_none_or(|port| port == *number));
+                if !has_port || !named.is_visible_from(namespace) {
+                    continue;
+                }
+                for host in named.hosts.iter().filter(|host| takes(selectors, namespace, &named.namespace, host)) {
+                    if named.is_service
+                        && let Some(name) = host.strip_suffix(CLUSTER_DOMAIN)
+                        && let Some(short) = name.strip_suffix(".svc.")
+                    {
+                        add(format!("{short}.svc"), bind);
+                        add(short.to_owned(), bind);
+                    }
+                    add(host.to_string(), bind);
                 }
             }
         }
+        let mut by_address: BTreeMap<IpAddr, Vec<String>> = BTreeMap::new();
+        for (name, address) in names {
+            by_address.entry(address).or_default().push(name);
+        }
+        let aliases = by_address.into_iter().map(|(ip, names)| pb::HostAlias { ip: ip.to_string(), names });
+        Aliases { by_address: aliases.collect(), more }
     }
-    let mut by_address: BTreeMap<IpAddr, Vec<String>> = BTreeMap::new();
-    for (name, address) in names {
-        by_address.entry(address).or_default().push(name);
-    }
-    let aliases = by_address.into_iter().map(|(ip, names)| pb::HostAlias { ip: ip.to_string(), names });
-    (aliases.collect(), more)
 }
 
+/// Sidecars whose answers are kept.
+const MOST_QUESTIONS: usize = 4096;
+
 /// Whether one of `egress.hosts` (`namespace/dnsName`) takes this host of this namespace in, for somebody in `from`.
-fn takes(egress: &EgressListener, from: &str, of: &str, host: &str) -> bool {
-    egress.hosts.iter().any(|selector| {
+fn takes(selectors: &[String], from: &str, of: &str, host: &str) -> bool {
+    selectors.iter().any(|selector| {
         let Some((namespace, name)) = selector.split_once('/') else { return false };
         let in_namespace = match namespace {
             "*" => true,
@@ -89,58 +202,39 @@ fn takes(egress: &EgressListener, from: &str, of: &str, host: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::istio::fixtures::{objects, sidecar};
-    use onboarding_kinds::manifest::Object;
+    use crate::istio::fixtures::sidecar;
+    use serde_json::json;
 
-    fn services(text: &str) -> (Vec<Service>, Vec<ServiceEntry>) {
-        let (mut services, mut entries) = (Vec::new(), Vec::new());
-        for object in objects(text) {
-            match object {
-                Object::Service(service) => services.push(service),
-                Object::ServiceEntry(entry) => entries.push(entry),
-                _ => panic!("another kind"),
-            }
-        }
-        (services, entries)
+    fn all() -> Vec<Named> {
+        let service = |namespace: &str, name: &str, export_to: Option<&str>, spec: Value| {
+            Named::service(namespace, name, export_to, &spec)
+        };
+        let eight = json!({"ports": [{"port": 8080}]});
+        let entry = |namespace: &str, hosts: Value, export_to: Value| {
+            let spec = json!({"hosts": hosts, "exportTo": export_to, "ports": [{"number": 8080, "name": "http"}]});
+            Named::service_entry(namespace, &spec)
+        };
+        let found = [
+            service("bookinfo", "details", None, eight.clone()),
+            service("bookinfo", "other-port", None, json!({"ports": [{"port": 9090}, {"port": "x"}, {"port": 99999}]})),
+            service("bookinfo", "headless", None, json!({"clusterIP": "None", "ports": [{"port": 8080}]})),
+            service("bookinfo", "alias", None, json!({"type": "ExternalName", "ports": [{"port": 8080}]})),
+            service("elsewhere", "away", None, eight.clone()),
+            service("elsewhere", "hidden", Some("."), eight.clone()),
+            service("elsewhere", "shared", Some("other, bookinfo"), eight.clone()),
+            service("bookinfo", "nobodys", Some("~"), eight),
+            entry("bookinfo", json!(["example.org", "*.example.org", "10.0.0.1"]), Value::Null),
+            entry("elsewhere", json!(["private.org"]), json!(["."])),
+            entry("elsewhere", json!(["*.wild.org"]), Value::Null),
+        ];
+        found.into_iter().flatten().collect()
     }
 
-    const SERVICES: &str = "
-apiVersion: v1
-kind: Service
-metadata: {name: details, namespace: bookinfo}
-spec: {ports: [{port: 8080}], selector: {app: details}}
----
-apiVersion: v1
-kind: Service
-metadata: {name: other-port, namespace: bookinfo}
-spec: {ports: [{port: 9090}], selector: {app: details}}
----
-apiVersion: v1
-kind: Service
-metadata: {name: headless, namespace: bookinfo}
-spec: {clusterIP: None, ports: [{port: 8080}], selector: {app: details}}
----
-apiVersion: v1
-kind: Service
-metadata: {name: away, namespace: elsewhere}
-spec: {ports: [{port: 8080}], selector: {app: details}}
----
-apiVersion: networking.istio.io/v1
-kind: ServiceEntry
-metadata: {name: example, namespace: bookinfo}
-spec: {hosts: [example.org, '*.example.org'], ports: [{number: 8080, name: http, protocol: HTTP}], resolution: DNS}
----
-apiVersion: networking.istio.io/v1
-kind: ServiceEntry
-metadata: {name: private, namespace: elsewhere}
-spec: {hosts: [private.org], exportTo: ['.'], ports: [{number: 8080, name: http, protocol: HTTP}], resolution: DNS}
-";
-
     fn names(egress: &str) -> Vec<(String, Vec<String>)> {
-        let (services, entries) = services(SERVICES);
-        let (aliases, more) = aliases("bookinfo", &sidecar(egress), &services, &entries);
-        assert!(!more);
-        aliases.into_iter().map(|alias| (alias.ip, alias.names)).collect()
+        let names = Names::new(all(), &Names::default());
+        let found = names.aliases("bookinfo", &sidecar(egress));
+        assert!(!found.more);
+        found.by_address.iter().map(|alias| (alias.ip.clone(), alias.names.clone())).collect()
     }
 
     #[test]
@@ -159,9 +253,12 @@ spec: {hosts: [private.org], exportTo: ['.'], ports: [{number: 8080, name: http,
         assert_eq!(found[0], ("127.0.0.2".to_owned(), vec!["example.org".to_owned()]));
         assert_eq!(found[1].0, "127.0.0.1");
         // All ports, all namespaces; what another namespace keeps to itself is not among them.
-        assert!(found[1].1.contains(&"other-port.bookinfo.svc".to_owned()), "{found:?}");
-        assert!(found[1].1.contains(&"away.elsewhere".to_owned()), "{found:?}");
-        assert!(!found[1].1.iter().any(|name| name == "example.org" || name.contains("private")), "{found:?}");
+        for there in ["other-port.bookinfo.svc", "away.elsewhere", "shared.elsewhere.svc.cluster.local"] {
+            assert!(found[1].1.iter().any(|name| name == there), "{found:?}");
+        }
+        for absent in ["example.org", "private", "hidden", "nobodys", "headless", "alias", "10.0.0.1", "*"] {
+            assert!(!found[1].1.iter().any(|name| name.contains(absent)), "{absent}: {found:?}");
+        }
     }
 
     #[test]
@@ -172,11 +269,24 @@ spec: {hosts: [private.org], exportTo: ['.'], ports: [{number: 8080, name: http,
 
     #[test]
     fn there_is_an_end_to_it() {
-        let (services, _) = services(SERVICES);
-        let many: Vec<Service> =
-            (0..MOST_NAMES).map(|n| Service { name: format!("s{n}"), ..services[0].clone() }).collect();
-        let (aliases, more) = aliases("bookinfo", &sidecar("egress: [{hosts: ['*/*']}]"), &many, &[]);
-        assert!(more);
-        assert_eq!(aliases[0].names.len(), MOST_NAMES);
+        let spec = json!({"ports": [{"port": 8080}]});
+        let many = (0..MOST_NAMES).filter_map(|n| Named::service("bookinfo", &format!("s{n}"), None, &spec)).collect();
+        let names = Names::new(many, &Names::default());
+        let found = names.aliases("bookinfo", &sidecar("egress: [{hosts: ['*/*']}]"));
+        assert!(found.more);
+        assert_eq!(found.by_address[0].names.len(), MOST_NAMES);
+    }
+
+    #[test]
+    fn what_stays_is_the_same_for_everybody() {
+        let own = sidecar("egress: [{hosts: ['./*']}]");
+        let others = sidecar("egress: [{hosts: ['elsewhere/*']}]");
+        let before = Names::new(all(), &Names::default());
+        let (mine, theirs) = (before.aliases("bookinfo", &own), before.aliases("bookinfo", &others));
+        assert!(Arc::ptr_eq(&mine, &before.aliases("bookinfo", &own)), "asked once");
+        let without = all().into_iter().filter(|named| !named.hosts[0].starts_with("away.")).collect();
+        let after = Names::new(without, &before);
+        assert!(Arc::ptr_eq(&mine, &after.aliases("bookinfo", &own)));
+        assert_ne!(theirs, after.aliases("bookinfo", &others));
     }
 }

@@ -1,10 +1,11 @@
 //! What sidecars are provisioned from, as it is in the cluster at one moment.
 
+use super::hosts::{Aliases, Names};
 use super::mesh::Mesh;
 use onboarding_core::group::WorkloadGroup;
 use onboarding_core::name::GroupName;
 use onboarding_kinds::control_plane::CustomGateway;
-use onboarding_kinds::mesh::{Service, ServiceEntry, Sidecar};
+use onboarding_kinds::mesh::Sidecar;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,10 +28,8 @@ pub struct Inputs {
     pub custom_gateway: Option<CustomGateway>,
     /// `deregistration.propagationDelay` of the ControlPlane.
     pub propagation_delay: Duration,
-    /// For `onboarding-agent hosts` alone; empty: it knows no names.
-    pub services: Arc<Vec<Service>>,
-    /// Likewise.
-    pub service_entries: Arc<Vec<ServiceEntry>>,
+    /// For `onboarding-agent hosts` alone.
+    pub names: Arc<Names>,
 }
 
 /// The control planes of the cluster.
@@ -63,23 +62,32 @@ pub(super) struct Part {
     pub istio_system: Arc<Namespace>,
     pub custom_gateway: Option<CustomGateway>,
     pub propagation_delay: Duration,
-    pub services: Arc<Vec<Service>>,
-    pub service_entries: Arc<Vec<ServiceEntry>>,
+    /// Of the Sidecars of `namespace`, then of those of `istio_system`, in their order.
+    aliases: Vec<Arc<Aliases>>,
 }
 
 impl Part {
     pub fn of(inputs: &Inputs, group: &GroupName) -> Self {
         let namespace = |name: &str| inputs.namespaces.get(name).cloned().unwrap_or_default();
+        let (own, root) = (namespace(&group.namespace), namespace(ISTIO_SYSTEM));
+        let sidecars = own.sidecars.iter().chain(&root.sidecars);
+        let aliases = sidecars.map(|sidecar| inputs.names.aliases(&group.namespace, sidecar)).collect();
         Self {
             meshes: inputs.meshes.clone(),
             group: inputs.groups.get(group).cloned(),
-            namespace: namespace(&group.namespace),
-            istio_system: namespace(ISTIO_SYSTEM),
+            namespace: own,
+            istio_system: root,
             custom_gateway: inputs.custom_gateway.clone(),
             propagation_delay: inputs.propagation_delay,
-            services: inputs.services.clone(),
-            service_entries: inputs.service_entries.clone(),
+            aliases,
         }
+    }
+
+    /// Of one of its Sidecars.
+    pub fn aliases(&self, sidecar: &Sidecar) -> Option<&Aliases> {
+        let mut sidecars = self.namespace.sidecars.iter().chain(&self.istio_system.sidecars);
+        let position = sidecars.position(|one| std::ptr::eq(one, sidecar))?;
+        self.aliases.get(position).map(Arc::as_ref)
     }
 }
 
@@ -95,8 +103,8 @@ impl PartialEq for Part {
             && same(&self.istio_system, &other.istio_system)
             && self.custom_gateway == other.custom_gateway
             && self.propagation_delay == other.propagation_delay
-            && same(&self.services, &other.services)
-            && same(&self.service_entries, &other.service_entries)
+            && self.aliases.len() == other.aliases.len()
+            && self.aliases.iter().zip(&other.aliases).all(|(one, two)| same(one, two))
     }
 }
 

@@ -14,6 +14,7 @@ mod revision;
 mod sidecars;
 mod tokens;
 
+pub use hosts::{EXPORT_TO_ANNOTATION, Named, Names};
 pub use inputs::{DEFAULT_REVISION, ISTIO_SYSTEM, Inputs, Meshes, Namespace, REVISION_LABEL};
 pub use mesh::{Mesh, PROXY_CONFIG_ANNOTATION, ProxyConfig};
 pub use reports::LastReport;

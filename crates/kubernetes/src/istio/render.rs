@@ -3,7 +3,6 @@
 //! What `istioctl x workload entry configure` writes once, and pilot-agent makes of it (`istioctl/pkg/workload`, `pkg/bootstrap/config.go`),
 //! for a proxy without redirection whose WorkloadEntry is ours. `docs/istio.md` goes through it field by field.
 
-use super::hosts;
 use super::inputs::Part;
 use super::mesh::{Mesh, PROXY_CONFIG_ANNOTATION, ProxyConfig};
 use super::node;
@@ -479,17 +478,15 @@ fn drain_duration(proxy: &ProxyConfig, left_out: &mut Vec<String>) -> Option<Dur
 }
 
 fn head(facts: &Facts<'_>, part: &Part, left_out: &mut Vec<String>) -> pb::BootConfiguration {
-    let Facts { name, group, labels, .. } = facts;
+    let Facts { group, labels, .. } = facts;
     let sidecar = sidecars::selecting(&part.namespace, &part.istio_system, labels);
-    let (host_aliases, more) = sidecar
-        .map(|sidecar| hosts::aliases(&name.namespace, sidecar, &part.services, &part.service_entries))
-        .unwrap_or_default();
-    if more {
+    let aliases = sidecar.and_then(|sidecar| part.aliases(sidecar));
+    if aliases.is_some_and(|aliases| aliases.more) {
         left_out.push("host aliases beyond the first ten thousand".to_owned());
     }
     pb::BootConfiguration {
         probe: group.probe.as_ref().map(pb::Probe::from),
-        host_aliases,
+        host_aliases: aliases.map(|aliases| aliases.by_address.clone()).unwrap_or_default(),
         ingress: sidecar.map(sidecars::ingress).unwrap_or_default(),
         propagation_delay: part.propagation_delay.try_into().ok(),
         ..pb::BootConfiguration::default()

@@ -1,12 +1,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test states what must be true")]
 
 use super::*;
-use crate::istio::fixtures::{ROOT, group, group_with, live, name, objects, sidecar};
+use crate::istio::fixtures::{ROOT, group, group_with, live, name, sidecar};
+use crate::istio::hosts::{Named, Names};
 use crate::istio::inputs::{DEFAULT_REVISION, Inputs, Meshes, Namespace};
 use jiff::Timestamp;
 use onboarding_core::registration::SidecarReport;
 use onboarding_kinds::control_plane::CustomGateway;
-use onboarding_kinds::manifest::Object as Manifest;
 use std::sync::Arc;
 
 const MESH: &str = "
@@ -36,8 +36,8 @@ egress:
 fn inputs() -> Inputs {
     let mesh = Mesh::read(MESH, Some(r#"{"global":{"multiCluster":{"clusterName":"east"}}}"#));
     let group = group();
-    let service = "apiVersion: v1\nkind: Service\nmetadata: {name: details, namespace: bookinfo}\nspec: {ports: [{port: 8080}], selector: {app: details}}";
-    let Some(Manifest::Service(service)) = objects(service).pop() else { panic!("a Service") };
+    let service =
+        Named::service("bookinfo", "details", None, &json!({"ports": [{"port": 8080}]})).into_iter().collect();
     Inputs {
         meshes: Arc::new(Meshes { by_revision: [(DEFAULT_REVISION.to_owned(), mesh)].into(), tags: [].into() }),
         namespaces: [(
@@ -52,8 +52,7 @@ fn inputs() -> Inputs {
         groups: [(group.name.clone(), Arc::new(group))].into(),
         custom_gateway: None,
         propagation_delay: Duration::from_secs(10),
-        services: Arc::new(vec![service]),
-        service_entries: Arc::default(),
+        names: Arc::new(Names::new(service, &Names::default())),
     }
 }
 
@@ -152,7 +151,7 @@ fn the_version_changes_with_what_an_agent_gets_and_nothing_else() {
     assert!(differs(|_, live| drop(live.report.labels.insert("a".to_owned(), "b".to_owned()))));
     assert!(differs(|inputs, _| namespace(inputs).root_certificates = Some(ROOT.replace("AAAA", "BBBB"))));
     assert!(differs(|inputs, _| namespace(inputs).sidecars.clear()));
-    assert!(differs(|inputs, _| inputs.services = Arc::default()));
+    assert!(differs(|inputs, _| inputs.names = Arc::default()));
     assert!(differs(|inputs, _| inputs.propagation_delay = Duration::from_secs(1)));
     assert!(differs(|inputs, _| {
         inputs.custom_gateway = Some(CustomGateway { host: "gateway".to_owned(), port: 15443 });

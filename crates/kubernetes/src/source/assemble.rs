@@ -196,8 +196,7 @@ fn inputs(objects: &Objects, namespace: &str, out: &Assembled, before: &Inputs) 
             .onboarding
             .as_ref()
             .map_or(DEFAULT_PROPAGATION_DELAY, |onboarding| onboarding.propagation_delay),
-        services: before.services.clone(),
-        service_entries: before.service_entries.clone(),
+        names: objects.names(&before.names),
     }
 }
 

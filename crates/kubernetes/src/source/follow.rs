@@ -9,6 +9,7 @@ use kube::Api;
 use kube::api::{DynamicObject, ListParams, WatchEvent, WatchParams};
 use kube::core::Status;
 use onboarding_runtime::backoff::{Backoff, with_jitter};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
@@ -33,6 +34,8 @@ pub(crate) struct Watched {
     pub api: Api<DynamicObject>,
     pub labels: Option<String>,
     pub fields: Option<String>,
+    /// Takes from each object what nobody needs, before anything is kept of it.
+    pub slim: Arc<dyn Fn(&mut DynamicObject) + Send + Sync>,
 }
 
 #[derive(Debug)]
@@ -108,7 +111,7 @@ impl Watched {
         let mut objects = Vec::new();
         loop {
             let page = answer("listing", self.api.list(&params)).await?;
-            objects.extend(page.items);
+            objects.extend(page.items.into_iter().map(|object| self.slimmed(object)));
             match page.metadata.continue_.filter(|token| !token.is_empty()) {
                 Some(token) => params = params.continue_token(&token),
                 None => {
@@ -119,6 +122,11 @@ impl Watched {
                 }
             }
         }
+    }
+
+    fn slimmed(&self, mut object: DynamicObject) -> DynamicObject {
+        (self.slim)(&mut object);
+        object
     }
 
     async fn watch<T: Clone>(&self, version: &mut String, told: &Told<T>) -> Result<(), Ended> {
@@ -151,7 +159,7 @@ impl Watched {
             let change = match event {
                 WatchEvent::Added(object) | WatchEvent::Modified(object) => {
                     *version = version_of(&object)?;
-                    Change::Put(Box::new(object))
+                    Change::Put(Box::new(self.slimmed(object)))
                 }
                 WatchEvent::Deleted(object) => {
                     *version = version_of(&object)?;

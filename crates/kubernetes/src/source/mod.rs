@@ -269,9 +269,13 @@ impl Informers {
         let resource = tag.kind.resource();
         let api = match tag.kind {
             Kind::ControlPlanes | Kind::Secret | Kind::ConfigMaps => self.own(&resource),
-            Kind::Policies | Kind::Groups | Kind::Sidecars | Kind::Namespaces | Kind::Tags => {
-                Api::all_with(self.client.clone(), &resource)
-            }
+            Kind::Policies
+            | Kind::Groups
+            | Kind::Sidecars
+            | Kind::Namespaces
+            | Kind::Services
+            | Kind::ServiceEntries
+            | Kind::Tags => Api::all_with(self.client.clone(), &resource),
         };
         let labels = match tag.kind {
             // What the registry remembers is in ConfigMaps too, and may be much.
@@ -280,7 +284,13 @@ impl Informers {
             Kind::Tags => Some(objects::TAG_LABEL.to_owned()),
             _ => None,
         };
-        let watched = Watched { api, labels, fields: name.map(|name| format!("metadata.name={name}")) };
+        let kind = tag.kind;
+        let watched = Watched {
+            api,
+            labels,
+            fields: name.map(|name| format!("metadata.name={name}")),
+            slim: Arc::new(move |object| objects::slim(kind, object)),
+        };
         self.tasks.spawn(watched.follow(tag, self.sender.clone()))
     }
 

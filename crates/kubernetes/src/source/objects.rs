@@ -1,6 +1,6 @@
 //! The objects of the cluster as they were last seen, each read as lint reads it. Pure.
 
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Service};
 use kube::ResourceExt;
 use kube::api::{ApiResource, DynamicObject};
 use onboarding_core::group::WorkloadGroup;
@@ -11,9 +11,9 @@ use onboarding_kinds::manifest::{self, Object};
 use onboarding_kinds::mesh::Sidecar;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use crate::istio::REVISION_LABEL;
+use crate::istio::{EXPORT_TO_ANNOTATION, Named, Names, REVISION_LABEL};
 use crate::names;
 
 /// The ConfigMap of the plane's namespace that keeps the plane's UID where the ControlPlane names none.
@@ -41,19 +41,23 @@ pub(crate) enum Kind {
     ConfigMaps,
     Sidecars,
     Namespaces,
+    Services,
+    ServiceEntries,
     /// Istio's MutatingWebhookConfigurations that give a revision a tag.
     Tags,
 }
 
 impl Kind {
     /// All that are watched from the start; the Secret is once the ControlPlane names it.
-    pub(crate) const FIRST: [Self; 7] = [
+    pub(crate) const FIRST: [Self; 9] = [
         Self::Policies,
         Self::Groups,
         Self::ControlPlanes,
         Self::ConfigMaps,
         Self::Sidecars,
         Self::Namespaces,
+        Self::Services,
+        Self::ServiceEntries,
         Self::Tags,
     ];
 
@@ -72,6 +76,8 @@ impl Kind {
             Self::ConfigMaps => "configmaps",
             Self::Sidecars => "sidecars",
             Self::Namespaces => "namespaces",
+            Self::Services => "services",
+            Self::ServiceEntries => "serviceentries",
             Self::Tags => "mutatingwebhookconfigurations",
         }
     }
@@ -86,6 +92,8 @@ impl Kind {
             Self::ConfigMaps => "ConfigMaps",
             Self::Sidecars => "Sidecars",
             Self::Namespaces => "Namespaces",
+            Self::Services => "Services",
+            Self::ServiceEntries => "ServiceEntries",
             Self::Tags => "revision tags (MutatingWebhookConfigurations)",
         }
     }
@@ -99,10 +107,31 @@ impl Kind {
             Self::ConfigMaps => ApiResource::erase::<ConfigMap>(&()),
             Self::Sidecars => names::sidecar(),
             Self::Namespaces => ApiResource::erase::<Namespace>(&()),
+            Self::Services => ApiResource::erase::<Service>(&()),
+            Self::ServiceEntries => names::service_entry(),
             Self::Tags => {
                 ApiResource::erase::<k8s_openapi::api::admissionregistration::v1::MutatingWebhookConfiguration>(&())
             }
         }
+    }
+}
+
+/// What of an object is kept on its way to where it is read: of ten thousand Services, a page at a time is whole in memory.
+pub(crate) fn slim(kind: Kind, object: &mut DynamicObject) {
+    object.metadata.managed_fields = None;
+    if !matches!(kind, Kind::Services | Kind::ServiceEntries) {
+        return;
+    }
+    object.metadata.labels = None;
+    if let Some(annotations) = &mut object.metadata.annotations {
+        annotations.retain(|key, _| key == EXPORT_TO_ANNOTATION);
+    }
+    let used = ["clusterIP", "type", "ports", "hosts", "exportTo"];
+    if let Some(fields) = object.data.as_object_mut() {
+        fields.retain(|field, _| field == "spec");
+    }
+    if let Some(spec) = object.data.get_mut("spec").and_then(Value::as_object_mut) {
+        spec.retain(|field, _| used.contains(&field.as_str()));
     }
 }
 
@@ -188,9 +217,22 @@ pub(crate) struct Objects {
     pub revisions: BTreeMap<String, String>,
     /// Name of the webhook configuration: tag and revision.
     pub tags: BTreeMap<String, (String, String)>,
+    services: BTreeMap<Key, Named>,
+    service_entries: BTreeMap<Key, Named>,
+    /// Of both, made when they are asked for.
+    names: OnceLock<Arc<Names>>,
 }
 
 impl Objects {
+    /// `before`: the last answer.
+    pub(crate) fn names(&self, before: &Arc<Names>) -> Arc<Names> {
+        let made = || {
+            let all = self.services.values().chain(self.service_entries.values()).cloned().collect();
+            Arc::new(Names::new(all, before))
+        };
+        self.names.get_or_init(made).clone()
+    }
+
     /// Whether anything that matters changed.
     pub(crate) fn listed(&mut self, kind: Kind, objects: Vec<DynamicObject>) -> bool {
         let there: BTreeSet<Key> = objects.iter().map(|object| key(kind, object)).collect();
@@ -233,6 +275,17 @@ impl Objects {
             }),
             Kind::ConfigMaps => replace(&mut self.configs, key.1.clone(), config(&key.1, &object)),
             Kind::Namespaces => replace(&mut self.revisions, key.1, object.labels().get(REVISION_LABEL).cloned()),
+            Kind::Services => {
+                let export_to = Named::export_to_of(object.annotations());
+                let named = Named::service(&key.0, &key.1, export_to, &object.data["spec"]);
+                let changed = replace(&mut self.services, key, named);
+                self.renamed(changed)
+            }
+            Kind::ServiceEntries => {
+                let named = Named::service_entry(&key.0, &object.data["spec"]);
+                let changed = replace(&mut self.service_entries, key, named);
+                self.renamed(changed)
+            }
             Kind::Tags => {
                 let labels = object.labels();
                 let tag = labels.get(TAG_LABEL).zip(labels.get(REVISION_LABEL));
@@ -251,8 +304,23 @@ impl Objects {
             Kind::Secret => self.secrets.remove(key).is_some(),
             Kind::ConfigMaps => self.configs.remove(&key.1).is_some(),
             Kind::Namespaces => self.revisions.remove(&key.1).is_some(),
+            Kind::Services => {
+                let changed = self.services.remove(key).is_some();
+                self.renamed(changed)
+            }
+            Kind::ServiceEntries => {
+                let changed = self.service_entries.remove(key).is_some();
+                self.renamed(changed)
+            }
             Kind::Tags => self.tags.remove(&key.1).is_some(),
         }
+    }
+
+    fn renamed(&mut self, changed: bool) -> bool {
+        if changed {
+            self.names = OnceLock::new();
+        }
+        changed
     }
 
     fn keys(&self, kind: Kind) -> Vec<Key> {
@@ -263,6 +331,8 @@ impl Objects {
             Kind::ControlPlanes => self.planes.keys().cloned().collect(),
             Kind::Sidecars => self.sidecars.keys().cloned().collect(),
             Kind::Secret => self.secrets.keys().cloned().collect(),
+            Kind::Services => self.services.keys().cloned().collect(),
+            Kind::ServiceEntries => self.service_entries.keys().cloned().collect(),
             Kind::Namespaces => self.revisions.keys().map(unnamespaced).collect(),
             Kind::Tags => self.tags.keys().map(unnamespaced).collect(),
             Kind::ConfigMaps => self.configs.keys().map(unnamespaced).collect(),

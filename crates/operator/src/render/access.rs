@@ -45,7 +45,7 @@ fn in_cluster() -> Value {
         rule("authorization.onboarding.tetrate.io", &["onboardingpolicies/status"], &["patch"]),
         rule("runtime.onboarding.tetrate.io", &["workloadautoregistrations"], ALL),
         rule("runtime.onboarding.tetrate.io", &["workloadautoregistrations/status"], &["get", "update", "patch"]),
-        rule("networking.istio.io", &["workloadgroups", "sidecars"], READ),
+        rule("networking.istio.io", &["workloadgroups", "sidecars", "serviceentries"], READ),
         rule("networking.istio.io", &["workloadentries"], ALL),
         rule("networking.istio.io", &["workloadentries/status"], &["get", "update", "patch"]),
         // Where OwnerReferencesPermissionEnforcement is on: an owner whose deletion waits.
@@ -54,8 +54,8 @@ fn in_cluster() -> Value {
         // istio-tokens for the accounts that WorkloadGroups name.
         rule("", &["serviceaccounts/token"], &["create"]),
         rule("events.k8s.io", &["events"], &["create", "patch"]),
-        // Which Istio revision a namespace or a tag stands for.
-        rule("", &["namespaces"], READ),
+        // Which Istio revision a namespace or a tag stands for; the names that `onboarding-agent hosts` maps.
+        rule("", &["namespaces", "services"], READ),
         rule("admissionregistration.k8s.io", &["mutatingwebhookconfigurations"], READ),
     ])
 }
