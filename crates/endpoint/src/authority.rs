@@ -32,6 +32,7 @@ pub(crate) struct Authority {
     pub(crate) metrics: Metrics,
     pub(crate) rates: Rates,
     pub(crate) authorizations: Semaphore,
+    pub(crate) authorizations_per_connection: u32,
     pub(crate) readiness: Readiness,
     pub(crate) stop: CancellationToken,
     pub(crate) replica: String,

@@ -38,6 +38,7 @@ impl Authority {
         connection: &Connection,
         request: pb::AuthorizeOnboardingRequest,
     ) -> Result<pb::AuthorizeOnboardingResponse, Status> {
+        connection.authorization(self.authorizations_per_connection)?;
         self.rates.authorization(connection.peer.ip())?;
         let _permit =
             self.authorizations.try_acquire().map_err(|_| exhausted("the plane is busy with other agents", BUSY))?;

@@ -1,12 +1,16 @@
 //! What is known of one connection: its peer, its challenge, and the key that it has proven.
 
+use crate::limits::{Budget, exhausted};
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1, ParsedPublicKey};
 use onboarding_core::identity::Thumbprint;
 use onboarding_wire::onboarding::KeyProof;
 use onboarding_wire::proof::{Purpose, signed_bytes, thumbprint};
 use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tonic::{Request, Status};
+
+const MINUTE: Duration = Duration::from_secs(60);
 
 pub(crate) type Challenge = [u8; 32];
 
@@ -31,6 +35,8 @@ struct Facts {
     challenge: Option<Challenge>,
     proven: Option<Thumbprint>,
     admitted: bool,
+    /// Begins with the first authorization.
+    authorizations: Option<Budget>,
 }
 
 impl Connection {
@@ -82,6 +88,16 @@ impl Connection {
             )
         })?;
         Ok((thumbprint(&proof.public_key), challenge))
+    }
+
+    /// At most so many within a minute.
+    pub(crate) fn authorization(&self, most: u32) -> Result<(), Status> {
+        let mut facts = self.lock();
+        let budget = facts.authorizations.get_or_insert_with(|| Budget::new(most, MINUTE));
+        match budget.spend() {
+            true => Ok(()),
+            false => Err(exhausted("too many authorizations on this connection", budget.wait())),
+        }
     }
 
     pub(crate) fn proven(&self) -> Option<Thumbprint> {

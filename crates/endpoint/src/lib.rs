@@ -128,6 +128,7 @@ pub async fn start(
         metrics,
         rates: Rates::new(&limits),
         authorizations: Semaphore::new(limits.authorizations),
+        authorizations_per_connection: limits.authorizations_per_connection,
         replica,
         readiness: readiness.clone(),
         stop: stop.clone(),

@@ -30,6 +30,9 @@ pub struct Limits {
     /// Authorizations of one address: this many at once, and so many each second after that.
     pub authorization_burst: NonZeroU32,
     pub authorizations_per_second: NonZeroU32,
+    /// Authorizations on one connection within a minute. Behind a gateway that passes TLS through, this is what tells agents apart: they
+    /// have its address, and each a connection of its own.
+    pub authorizations_per_connection: u32,
     /// Authorizations under way at a time.
     pub authorizations: usize,
     /// HTTP/2 pings to find dead agents.
@@ -39,8 +42,15 @@ pub struct Limits {
 
 impl Limits {
     pub const DEFAULT_CONNECTIONS_PER_ADDRESS: usize = 20_000;
-    pub const DEFAULT_AUTHORIZATION_BURST: NonZeroU32 = const { NonZeroU32::new(200).unwrap() };
+    pub const DEFAULT_AUTHORIZATIONS_PER_CONNECTION: u32 = 30;
     pub const DEFAULT_AUTHORIZATIONS_PER_SECOND: NonZeroU32 = const { NonZeroU32::new(20).unwrap() };
+}
+
+impl Limits {
+    /// Where nobody says another: what comes in ten seconds may come at once, as when all agents of an address come back together.
+    pub fn burst(per_second: NonZeroU32) -> NonZeroU32 {
+        per_second.saturating_mul(const { NonZeroU32::new(10).unwrap() })
+    }
 }
 
 impl Default for Limits {
@@ -53,8 +63,9 @@ impl Default for Limits {
             time_to_prove: Duration::from_secs(30),
             streams_per_connection: 16,
             message_size: 64 * 1024,
-            authorization_burst: Self::DEFAULT_AUTHORIZATION_BURST,
+            authorization_burst: Self::burst(Self::DEFAULT_AUTHORIZATIONS_PER_SECOND),
             authorizations_per_second: Self::DEFAULT_AUTHORIZATIONS_PER_SECOND,
+            authorizations_per_connection: Self::DEFAULT_AUTHORIZATIONS_PER_CONNECTION,
             authorizations: 1024,
             keepalive_interval: Duration::from_secs(20),
             keepalive_timeout: Duration::from_secs(10),
@@ -174,6 +185,11 @@ pub(crate) struct Budget {
 impl Budget {
     pub(crate) fn new(most: u32, window: Duration) -> Self {
         Self { most, window, since: tokio::time::Instant::now(), used: 0 }
+    }
+
+    /// How long until there is all of it again.
+    pub(crate) fn wait(&self) -> Duration {
+        self.window.saturating_sub(self.since.elapsed())
     }
 
     /// False: there is none left.

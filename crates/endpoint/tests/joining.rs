@@ -345,6 +345,40 @@ async fn too_many_authorizations_are_sent_away_with_a_delay() {
     assert!((100..=1000).contains(&wait), "{wait}");
 }
 
+/// Behind a gateway all have its address: one that asks in a loop is told to wait, and the others aren't.
+#[tokio::test]
+async fn one_connection_does_not_use_up_what_its_address_may() {
+    let limits = Limits { authorizations_per_connection: 2, ..Limits::default() };
+    let plane = Plane::start_with(Duration::from_secs(300), limits).await;
+    let mut looping = plane.agent().await;
+    for _ in 0..2 {
+        looping.authorize(&plane.jwt("vm7", "ratings")).await.unwrap();
+    }
+    let refused = looping.authorize(&plane.jwt("vm7", "ratings")).await;
+    let status = assert_refused(refused, Code::ResourceExhausted, "too many authorizations on this connection");
+    let wait: u64 = status.metadata().get(RETRY_PUSHBACK).unwrap().to_str().unwrap().parse().unwrap();
+    assert!((1000..=60_000).contains(&wait), "{wait}");
+    plane.agent().await.authorize(&plane.jwt("vm8", "ratings")).await.unwrap();
+    plane.stop().await;
+}
+
+#[tokio::test]
+async fn a_workload_without_a_boot_configuration_is_told_and_its_operators_are() {
+    let plane = Plane::start().await;
+    let mut agent = plane.agent().await;
+    let mut session = agent.join(&plane.jwt(WITHOUT_MESH, "ratings")).await.unwrap();
+    match session.hear.message().await.unwrap().unwrap().message {
+        Some(pb::plane_message::Message::BootRefused(refused)) => assert_eq!(refused.message, NO_MESH),
+        other => panic!("{other:?}"),
+    }
+    let told = plane.told.all();
+    assert_eq!((told.len(), told[0].reason, &told[0].group), (1, "NoBootConfiguration", &group()));
+    assert!(told[0].message.starts_with(NO_MESH), "{}", told[0].message);
+    // On the same session, once it is put right.
+    assert_eq!(session.boot().await.version, "1");
+    plane.stop().await;
+}
+
 #[tokio::test]
 async fn a_message_that_is_too_large_is_refused() {
     let plane = Plane::start().await;

@@ -93,9 +93,12 @@ pub struct Serving {
     /// Connections that one address may have; behind a NAT or a gateway all agents have one address.
     #[arg(long, value_name = "NUMBER", default_value_t = Limits::DEFAULT_CONNECTIONS_PER_ADDRESS)]
     pub connections_per_address: usize,
-    /// Authorizations of one address in a second, after a burst of 200; an agent beyond that is told when to come again.
+    /// Authorizations of one address in a second, after a burst; an agent beyond that is told when to come again.
     #[arg(long, value_name = "NUMBER", default_value_t = Limits::DEFAULT_AUTHORIZATIONS_PER_SECOND)]
     pub authorizations_per_second: NonZeroU32,
+    /// How many of these may come at once; absent: what comes in ten seconds. Behind a gateway this is for all agents together.
+    #[arg(long, value_name = "NUMBER")]
+    pub authorization_burst: Option<NonZeroU32>,
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
     /// Asks STS at this URL instead of at AWS: whoever answers there decides who has which role.

@@ -134,6 +134,7 @@ fn audit(file: &Path) -> anyhow::Result<Audit> {
 fn limits(args: &Serving) -> Limits {
     let mut limits = Limits {
         connections_per_address: args.connections_per_address,
+        authorization_burst: args.authorization_burst.unwrap_or(Limits::burst(args.authorizations_per_second)),
         authorizations_per_second: args.authorizations_per_second,
         ..Limits::default()
     };
