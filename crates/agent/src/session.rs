@@ -1,5 +1,9 @@
 //! The connection to the Workload Onboarding Endpoint: dialling it, the calls, and the session's stream. Every call ends in time.
 
+mod tls;
+
+pub use tls::TlsProblem;
+
 use crate::key::{AgentKey, KeyError};
 use crate::machine::Code;
 use crate::store::StoredToken;
@@ -87,18 +91,8 @@ pub enum DialError {
     },
     #[error("{name} is neither a host name nor an IP address; check onboardingEndpoint.transportSecurity.tls.sni")]
     Name { name: String },
-    #[error(
-        "the endpoint's certificate is not for {name}; it is for: {presented}. Put the right name into onboardingEndpoint.host, or into onboardingEndpoint.transportSecurity.tls.sni"
-    )]
-    WrongName { name: String, presented: String },
-    #[error(
-        "the endpoint's certificate is signed by a CA that this host does not know; put the CA's certificate into /etc/onboarding-agent/root-certs.pem (or into /usr/local/share/ca-certificates/NAME.crt, then run update-ca-certificates)"
-    )]
-    UnknownCa,
-    #[error("the endpoint's certificate has expired, or this host's clock is wrong")]
-    Expired,
-    #[error("the endpoint's certificate is not valid yet, or this host's clock is wrong")]
-    NotYetValid,
+    #[error(transparent)]
+    Trust(#[from] TlsProblem),
     #[error("the TLS handshake with {address} failed")]
     Tls {
         address: SocketAddr,
@@ -221,28 +215,10 @@ async fn secure(endpoint: &Endpoint, stream: TcpStream, address: SocketAddr) -> 
         rustls_pki_types::ServerName::try_from(name.clone()).map_err(|_| DialError::Name { name: name.clone() })?;
     match tokio_rustls::TlsConnector::from(config.clone()).connect(server_name, stream).await {
         Ok(stream) => Ok(Box::new(stream)),
-        Err(source) => Err(tls_error(name, address, source)),
-    }
-}
-
-fn tls_error(name: &str, address: SocketAddr, source: io::Error) -> DialError {
-    use rustls::CertificateError as Bad;
-    let certificate =
-        source.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()).and_then(|error| match error {
-            rustls::Error::InvalidCertificate(bad) => Some(bad.clone()),
-            _ => None,
-        });
-    match certificate {
-        Some(Bad::NotValidForName) => DialError::WrongName { name: name.to_owned(), presented: "(unknown)".to_owned() },
-        Some(Bad::NotValidForNameContext { presented, .. }) => DialError::WrongName {
-            name: name.to_owned(),
-            presented: if presented.is_empty() { "no name at all".to_owned() } else { presented.join(", ") },
-        },
-        // The latter: a CA of that name is known, with another key, as after it was made anew.
-        Some(Bad::UnknownIssuer | Bad::BadSignature) => DialError::UnknownCa,
-        Some(Bad::Expired | Bad::ExpiredContext { .. }) => DialError::Expired,
-        Some(Bad::NotValidYet | Bad::NotValidYetContext { .. }) => DialError::NotYetValid,
-        _ => DialError::Tls { address, source },
+        Err(source) => Err(match TlsProblem::of(&source, name, address) {
+            Some(problem) => problem.into(),
+            None => DialError::Tls { address, source },
+        }),
     }
 }
 
