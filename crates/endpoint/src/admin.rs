@@ -1,7 +1,7 @@
 //! The admin socket: what `onboardctl` asks and deletes. A Unix socket that only the plane's own user can open.
 
 use crate::authority::Authority;
-use crate::backend::Snapshot;
+use crate::backend::{ProvisionError, Snapshot};
 use crate::certificate::Certificates;
 use anyhow::Context;
 use axum::extract::{Path, State as Shared};
@@ -43,6 +43,7 @@ pub(crate) fn serve(
         .route("/v1/workloads", get(list))
         .route("/v1/workloads/{namespace}/{name}", get(show).delete(delete))
         .route("/v1/status", get(status))
+        .route("/v1/mesh/root", get(root).post(rotate_root))
         .with_state(Admin { authority, certificates });
     Ok(tokio::spawn(async move {
         let served = axum::serve(listener, app).with_graceful_shutdown(async move { stop.cancelled().await }).await;
@@ -124,6 +125,33 @@ async fn status(Shared(admin): Shared<Admin>) -> Response {
         "generation": snapshot.generation,
     }))
     .into_response()
+}
+
+async fn root(Shared(admin): Shared<Admin>) -> Response {
+    root_of(&admin, false).await
+}
+
+/// Begins to replace it.
+async fn rotate_root(Shared(admin): Shared<Admin>) -> Response {
+    root_of(&admin, true).await
+}
+
+async fn root_of(admin: &Admin, rotate: bool) -> Response {
+    let provisioner = admin.authority.backend.provisioner.clone();
+    match tokio::task::spawn_blocking(move || provisioner.root(rotate)).await {
+        Ok(Ok(root)) => Json(json!({
+            "stage": root.stage,
+            "roots": root.roots,
+            "endsAt": root.ends_at.to_string(),
+            "nextStepAt": root.next_step_at.map(|at| at.to_string()),
+        }))
+        .into_response(),
+        Ok(Err(ProvisionError::Refused(message))) => {
+            (StatusCode::CONFLICT, Json(json!({ "message": message }))).into_response()
+        }
+        Ok(Err(ProvisionError::Unavailable(message))) => unavailable(&message),
+        Err(error) => unavailable(&error.to_string()),
+    }
 }
 
 /// As `kubectl` would show it, and whether a policy admits it as things are now, which is ours.

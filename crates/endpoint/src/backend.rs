@@ -7,6 +7,7 @@ pub use publish::FaultLog;
 use async_trait::async_trait;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
+use jiff::Timestamp;
 use onboarding_attest::jwt::{Issuer, KeySource};
 use onboarding_core::group::WorkloadGroup;
 use onboarding_core::name::{GroupName, RegistrationName};
@@ -175,6 +176,25 @@ pub trait Provisioner: Send + Sync + 'static {
 
     /// What a sidecar made of a configuration.
     fn reported(&self, workload: &Workload, report: &SidecarReport);
+
+    /// The mesh's root certificate; `rotate`: begins to replace it first. May write, and so block for a moment.
+    fn root(&self, rotate: bool) -> Result<RootStatus, ProvisionError> {
+        let _ = rotate;
+        Err(ProvisionError::Refused("the mesh's root certificate isn't the plane's, but istiod's".to_owned()))
+    }
+}
+
+/// Where the mesh is with its root certificate.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RootStatus {
+    /// `steady`, `introducing` or `retiring`.
+    pub stage: &'static str,
+    /// Which roots there are, and which of them signs.
+    pub roots: String,
+    /// When the one that signs ends.
+    pub ends_at: Timestamp,
+    /// When the next step of a replacement is taken.
+    pub next_step_at: Option<Timestamp>,
 }
 
 #[derive(Debug, thiserror::Error)]

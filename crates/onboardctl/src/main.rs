@@ -10,6 +10,7 @@ mod doctor;
 mod explain;
 mod lint;
 mod manifests;
+mod mesh;
 mod outcome;
 mod plan;
 mod plane;

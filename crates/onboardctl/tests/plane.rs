@@ -209,6 +209,25 @@ fn a_plane_says_whether_it_is_ready() {
 }
 
 #[test]
+fn the_root_of_the_mesh_is_shown_and_replaced() {
+    let (dir, plane) = plane(&[]);
+    let mut root =
+        json!({"stage": "steady", "roots": "one root, 0011", "endsAt": "2036-11-24T10:00:00Z", "nextStepAt": null});
+    plane.answers("GET /v1/mesh/root", 200, &root);
+    let steady = "Stage  steady\nRoots  one root, 0011\nEnds   2036-11-24T10:00:00Z\n";
+    assert_eq!(dir.run(&["mesh", "root", "--data-dir", "."]).is(0).stdout, steady);
+    root["stage"] = "introducing".into();
+    root["nextStepAt"] = "2026-11-25T10:05:00Z".into();
+    plane.answers("POST /v1/mesh/root", 200, &root);
+    let ended = dir.run(&["mesh", "rotate-root", "--data-dir", "."]).is(0);
+    ended.says("Stage  introducing\n").says("Next   2026-11-25T10:05:00Z\n");
+    assert_eq!(dir.run(&["mesh", "rotate-root", "--data-dir", ".", "-o", "json"]).is(0).json(), root);
+    plane.answers("POST /v1/mesh/root", 409, json!({"message": "the mesh's root is being replaced already"}));
+    let refused = dir.run(&["mesh", "rotate-root", "--data-dir", "."]).is(1);
+    assert!(refused.stderr.contains("being replaced already"), "{}", refused.stderr);
+}
+
+#[test]
 fn the_socket_is_found_by_flag_then_environment() {
     let (dir, plane) = plane(&[]);
     plane.answers("GET /v1/status", 200, json!({ "ready": true }));

@@ -2,7 +2,7 @@
 //!
 //! One task follows the configuration and the registrations and makes the next [`World`]; each agent's stream looks at its own part of it.
 
-use crate::ca::{self, CaError, MeshCa};
+use crate::ca::{self, CaError, MeshCa, RotateError};
 use crate::mesh::MeshConfig;
 use crate::sqlite::SqliteRegistry;
 use crate::world::{Look, Rendered, World};
@@ -11,7 +11,7 @@ use futures_util::stream::{self, BoxStream, StreamExt};
 use jiff::Timestamp;
 use onboarding_core::name::RegistrationName;
 use onboarding_core::registration::State;
-use onboarding_endpoint::backend::{ProvisionError, Provisioner, Workload};
+use onboarding_endpoint::backend::{ProvisionError, Provisioner, RootStatus, Workload};
 use onboarding_wire::onboarding::{BootConfiguration, Certificate, SidecarReport};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -135,6 +135,17 @@ impl Provisioner for MeshProvisioner {
         issued
     }
 
+    fn root(&self, rotate: bool) -> Result<RootStatus, ProvisionError> {
+        let now = Timestamp::now();
+        match rotate {
+            false => Ok(self.ca.root_status(now)),
+            true => self.ca.rotate(now).map_err(|error| match &error {
+                RotateError::UnderWay { .. } => ProvisionError::Refused(error.to_string()),
+                RotateError::Failed(_) => ProvisionError::Unavailable(error.to_string()),
+            }),
+        }
+    }
+
     fn reported(&self, workload: &Workload, report: &SidecarReport) {
         let outcome = if report.accepted { "accepted" } else { "rejected" };
         self.metrics.reports.get_or_create(&Outcome { outcome }).inc();
@@ -171,7 +182,7 @@ impl MeshProvisioner {
                 tracing::info!(registration = %workload.name, spiffe_id, expires_at = %issued.expires_at, "issued a certificate");
                 Ok(Certificate {
                     chain: issued.chain,
-                    roots: self.ca.roots().to_owned(),
+                    roots: issued.roots,
                     expires_at: Some(prost_types::Timestamp {
                         seconds: issued.expires_at.as_second(),
                         nanos: issued.expires_at.subsec_nanosecond(),

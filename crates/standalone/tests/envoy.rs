@@ -323,7 +323,7 @@ fn envoy_accepts_what_is_rendered() {
     }
     // Routes and endpoints are read by one that runs.
     let data_dir = tempfile::tempdir().unwrap();
-    let data = DataDir::open(data_dir.path()).unwrap();
+    let data = Arc::new(DataDir::open(data_dir.path()).unwrap());
     let ca = MeshCa::open(&data, "cluster.local", Duration::from_secs(3600), jiff::Timestamp::now()).unwrap();
     let envoy = Envoy::start(&binary, &rendered(&world, "ratings-vm1").message(None), &ca);
     let answer = http_get("127.0.0.2:8080", "/", "nobody.example");
@@ -345,7 +345,7 @@ fn two_envoys_carry_requests_by_mutual_tls() {
     std::thread::spawn(move || fixture::serve(&application));
 
     let data_dir = tempfile::tempdir().unwrap();
-    let data = DataDir::open(data_dir.path()).unwrap();
+    let data = Arc::new(DataDir::open(data_dir.path()).unwrap());
     let now = jiff::Timestamp::now();
     let ca = MeshCa::open(&data, "cluster.local", Duration::from_secs(3600), now).unwrap();
     let world = World::empty("cluster.local").next(
@@ -408,7 +408,7 @@ fn an_endpoint_that_becomes_unready_gets_no_traffic_and_no_request_is_lost() {
     let port = application.local_addr().unwrap().port();
     std::thread::spawn(move || fixture::serve(&application));
     let data_dir = tempfile::tempdir().unwrap();
-    let data = DataDir::open(data_dir.path()).unwrap();
+    let data = Arc::new(DataDir::open(data_dir.path()).unwrap());
     let ca = MeshCa::open(&data, "cluster.local", Duration::from_secs(3600), jiff::Timestamp::now()).unwrap();
     let mesh = Arc::new(mesh(&["127.0.0.6", "127.0.0.7"], port));
     let both = World::empty("cluster.local").next(

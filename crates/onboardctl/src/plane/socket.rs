@@ -67,6 +67,10 @@ impl Socket {
         self.call(Method::DELETE, path)
     }
 
+    pub fn post(&self, path: &str) -> anyhow::Result<Value> {
+        self.call(Method::POST, path)
+    }
+
     /// Every live registration, as WorkloadAutoRegistration resources.
     pub fn workloads(&self) -> anyhow::Result<Vec<Value>> {
         match self.get("/v1/workloads")? {
