@@ -15,6 +15,7 @@ use onboarding_agent::trust::Trust;
 use onboarding_kinds::agent::{read_agent_configuration, read_onboarding_configuration};
 use onboarding_testkit::application;
 use onboarding_testkit::cluster::{self, Cluster, Istiod};
+use onboarding_testkit::eventually::eventually;
 use onboarding_wire::onboarding as pb;
 use plane::{Asked, Plane};
 use serde_json::json;
@@ -241,30 +242,20 @@ impl<'a> Workload<'a> {
     async fn calls_itself(&self) {
         let uri = format!("http://127.0.0.2:{}/", self.egress);
         let host = format!("{}.bookinfo.svc.cluster.local:{}", self.name, self.egress);
-        let begun = tokio::time::Instant::now();
-        loop {
-            let (uri, host) = (uri.clone(), host.clone());
+        let seen = async || {
             let curl = tokio::process::Command::new("curl")
                 .args(["-sS", "--max-time", "5", "-H", &format!("Host: {host}"), &uri])
                 .output()
                 .await
                 .unwrap();
             let text = String::from_utf8_lossy(&curl.stdout).into_owned();
-            if let Ok(answer) = serde_json::from_str::<application::Answer>(&text) {
-                assert_eq!(answer.application, self.name);
-                return;
-            }
-            let error = String::from_utf8_lossy(&curl.stderr).into_owned();
-            if begun.elapsed() > WITHIN {
-                let listeners = std::process::Command::new("curl")
-                    .arg("-sS")
-                    .arg(format!("http://{}/listeners", self.admin))
-                    .output();
-                let listeners = listeners.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
-                panic!("{text} {error}; {listeners:?}; the sidecar's log:\n{}", self.log());
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+            serde_json::from_str::<application::Answer>(&text).map_err(|_| {
+                let error = String::from_utf8_lossy(&curl.stderr).into_owned();
+                format!("{text} {error}; the sidecar's log:\n{}", self.log())
+            })
+        };
+        let answer = eventually("an answer", WITHIN, seen).await;
+        assert_eq!(answer.application, self.name);
     }
 }
 
@@ -279,11 +270,11 @@ async fn leaves_gracefully(workload: &Workload<'_>, sidecar: Sidecar) {
     let uri = format!("http://127.0.0.2:{}/slow?ms=2000", workload.egress);
     let host = format!("Host: {}.bookinfo.svc.cluster.local:{}", workload.name, workload.egress);
     let slow = tokio::spawn(async move { curl(&["-o", "/dev/null", "-w", "%{http_code}", "-H", &host, &uri]).await });
-    let begun = tokio::time::Instant::now();
-    while workload.arrived.load(Ordering::SeqCst) == before {
-        assert!(begun.elapsed() < WITHIN, "the request doesn't arrive");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    eventually("the request arrives", WITHIN, async || {
+        let now = workload.arrived.load(Ordering::SeqCst);
+        if now > before { Ok(()) } else { Err(now) }
+    })
+    .await;
     assert!(!slow.is_finished());
     sidecar.drain(Duration::from_secs(10)).await;
     sidecar.stop(Duration::from_secs(5)).await;
@@ -456,17 +447,11 @@ fn settings(plane: &Plane, workload: &Workload<'_>) -> Settings {
 }
 
 async fn until_status(settings: &Settings, what: &str, reached: impl Fn(&Status) -> bool) -> Status {
-    let begun = tokio::time::Instant::now();
-    loop {
-        let status = Status::read(&Store::at(&settings.state_directory)).unwrap();
-        if let Some(status) = &status
-            && reached(status)
-        {
-            return status.clone();
-        }
-        assert!(begun.elapsed() < WITHIN, "not {what}: {status:#?}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    eventually(what, WITHIN, async || match Status::read(&Store::at(&settings.state_directory)).unwrap() {
+        Some(status) if reached(&status) => Ok(status),
+        status => Err(status),
+    })
+    .await
 }
 
 async fn a_whole_agent(mesh: &Mesh) {
@@ -494,11 +479,12 @@ async fn a_whole_agent(mesh: &Mesh) {
     plane.say(pb::plane_message::Message::Boot(boot)).await;
     until_status(&settings, "of the Istio mesh", |status| status.boot_version.as_deref() == Some("1")).await;
     let reported = Asked::SidecarReport { boot_version: "1".to_owned(), accepted: true };
-    let begun = tokio::time::Instant::now();
-    while !(plane.script().asked.contains(&reported) && plane.script().asked.contains(&Asked::Health { ready: true })) {
-        assert!(begun.elapsed() < WITHIN, "{:?}", plane.script().asked);
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    eventually("its report and its health", WITHIN, async || {
+        let asked = plane.script().asked.clone();
+        let all = [&reported, &Asked::Health { ready: true }].into_iter().all(|it| asked.contains(it));
+        if all { Ok(()) } else { Err(asked) }
+    })
+    .await;
     let status = until_status(&settings, "live", |status| status.sidecar == "Live").await;
     assert_eq!(status.spiffe_id.as_deref(), Some(ID));
     assert_eq!(status.last_error, None);

@@ -5,12 +5,13 @@ mod plane;
 
 use onboarding_agent::config::Configuration;
 use onboarding_agent::run::{Settings, run};
-use onboarding_agent::session::{DialError, Endpoint, Link};
+use onboarding_agent::session::{DialError, Endpoint, Link, TlsProblem};
 use onboarding_agent::sidecar::IstioWay;
 use onboarding_agent::status::Status as AgentStatus;
 use onboarding_agent::store::Store;
 use onboarding_agent::trust::Trust;
 use onboarding_kinds::agent::{read_agent_configuration, read_onboarding_configuration};
+use onboarding_testkit::eventually::eventually;
 use onboarding_wire::JWT_CREDENTIAL;
 use onboarding_wire::RETRY_PUSHBACK;
 use onboarding_wire::onboarding as pb;
@@ -21,6 +22,9 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
+
+/// Of anything that is waited for here.
+const WITHIN: Duration = Duration::from_secs(30);
 
 /// A running agent.
 struct Agent {
@@ -70,18 +74,17 @@ impl Agent {
     }
 
     async fn until(&self, what: &str, reached: impl Fn(&AgentStatus) -> bool) -> AgentStatus {
-        let started = Instant::now();
-        loop {
+        eventually(what, WITHIN, async || {
             let status = self.status();
-            if let Some(status) = &status
-                && reached(status)
-            {
-                return status.clone();
+            match status {
+                Some(status) if reached(&status) => Ok(status),
+                status => {
+                    assert!(!self.task.is_finished(), "the agent ended before {what}: {status:#?}");
+                    Err(status)
+                }
             }
-            assert!(!self.task.is_finished(), "the agent ended before {what}: {status:#?}");
-            assert!(started.elapsed() < Duration::from_secs(30), "not {what}: {status:#?}");
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        })
+        .await
     }
 
     async fn connected(&self) -> AgentStatus {
@@ -96,15 +99,11 @@ impl Agent {
 }
 
 async fn asked(plane: &Plane, what: &str, reached: impl Fn(&[Asked]) -> bool) {
-    let started = Instant::now();
-    loop {
+    eventually(what, WITHIN, async || {
         let log = plane.script().asked.clone();
-        if reached(&log) {
-            return;
-        }
-        assert!(started.elapsed() < Duration::from_secs(30), "not {what}: {log:#?}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+        if reached(&log) { Ok(()) } else { Err(log) }
+    })
+    .await;
 }
 
 fn names(log: &[Asked]) -> Vec<&'static str> {
@@ -309,12 +308,15 @@ async fn what_is_wrong_with_a_connection_is_told_apart() {
     assert_eq!(link.discover().await.unwrap().plane_uid, plane::UID);
 
     let error = Link::connect(&endpoint(&plane, &good, "127.0.0.1", "sni: other.example")).await.unwrap_err();
-    assert!(matches!(&error, DialError::WrongName { name, .. } if name == "other.example"), "{error}");
+    assert!(
+        matches!(&error, DialError::Trust(TlsProblem::WrongName { name, .. }) if name == "other.example"),
+        "{error}"
+    );
     assert!(error.to_string().contains("localhost"), "{error}");
 
     let other = Trust::load(Some(&Plane::start().await.ca), Path::new("/nonexistent")).unwrap();
     let error = Link::connect(&endpoint(&plane, &other, "127.0.0.1", "sni: localhost")).await.unwrap_err();
-    assert!(matches!(error, DialError::UnknownCa), "{error}");
+    assert!(matches!(error, DialError::Trust(TlsProblem::UnknownCa)), "{error}");
     assert!(error.to_string().contains("/etc/onboarding-agent/root-certs.pem"), "{error}");
 
     let insecure = endpoint(&plane, &other, "127.0.0.1", "sni: other.example, insecureSkipVerify: true");

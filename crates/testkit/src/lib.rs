@@ -7,7 +7,6 @@
 pub mod application;
 pub mod cluster;
 pub mod cms;
-pub mod ecs;
 pub mod eventually;
 pub mod gateway;
 pub mod imds;

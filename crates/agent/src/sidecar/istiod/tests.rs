@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test states what must be true")]
 
 use super::*;
+use onboarding_testkit::eventually::eventually;
 use onboarding_wire::istio_ca::IstioCertificateResponse;
 use onboarding_wire::istio_ca::istio_certificate_service_server::{
     IstioCertificateService, IstioCertificateServiceServer,
@@ -214,11 +215,11 @@ async fn is_renewed_at_half_of_its_life_and_kept() {
     let first = until(&mut standing, |standing| standing.identity.is_some()).await.identity.unwrap();
     // The next one comes while the first is valid, though nothing can be signed for a while.
     server.script.lock().unwrap().refuse = Some(Status::unavailable("busy"));
-    let begun = std::time::Instant::now();
-    while server.script.lock().unwrap().asked.len() < 2 {
-        assert!(begun.elapsed() < Duration::from_secs(20));
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    eventually("the renewal", Duration::from_secs(20), async || {
+        let asked = server.script.lock().unwrap().asked.len();
+        (asked >= 2).then_some(()).ok_or(asked)
+    })
+    .await;
     assert!(standing.borrow().problem.is_none(), "what is valid stays in use");
     {
         let mut script = server.script.lock().unwrap();
