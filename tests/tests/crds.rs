@@ -30,6 +30,7 @@ const TESTS: &[Test] = &[
     ("what_is_others_is_kept", others_is_kept),
     ("a_status_is_written_apart_by_several_managers", statuses),
     ("the_largest_policy_is_within_the_budget", largest_policy),
+    ("lint_warns_of_what_is_too_large_for_a_cluster", too_large),
 ];
 
 fn main() -> ExitCode {
@@ -222,6 +223,67 @@ fn statuses(cluster: &Cluster) {
     }
     let get = ["get", "war", "shared", "-n", "bookinfo", "-o", "jsonpath={.status.conditions[*].type} {.status.lease}"];
     assert_eq!(cluster.kubectl(get).unwrap(), r#"AgentConnected Healthy {"anything":[1,{"at":"all"}]}"#);
+}
+
+/// Each list, mapping and text that may be longer to a plane: what the API server refuses as too many, lint warns of, at the same place.
+fn too_large(cluster: &Cluster) {
+    let many = |item: &str, count: usize| vec![item; count].join(", ");
+    let labels = |count: usize| (0..count).map(|n| format!("k{n}: v")).collect::<Vec<_>>().join(", ");
+    let policy = |rules: &str| {
+        format!(
+            "apiVersion: authorization.onboarding.tetrate.io/v1alpha1\nkind: OnboardingPolicy\n\
+             metadata: {{name: large, namespace: bookinfo}}\nspec: {{allow: [{rules}]}}\n"
+        )
+    };
+    let rule = |workloads: &str, groups: &str| format!("{{workloads: [{workloads}], onboardTo: [{groups}]}}");
+    let every = "{workloadGroupSelector: {}}";
+    let aws = |accounts: &str, more: &str| format!("{{aws: {{accounts: [{accounts}], ec2: {{}}{more}}}}}");
+    let one = "'123456789012'";
+    let jwt = |more: &str| format!("{{jwt: {{issuer: 'https://mycompany.corp', {more}}}}}");
+    let select = |what: &str| format!("{{workloadGroupSelector: {{{what}}}}}");
+    let plane = |onboarding: &str| {
+        let heading = "apiVersion: install.tetrate.io/v1alpha1\nkind: ControlPlane\nmetadata: {name: large, namespace: istio-system}\n";
+        format!("{heading}spec: {{meshExpansion: {{onboarding: {onboarding}}}}}\n")
+    };
+    let issuers = (0..33).map(|n| format!("{{issuer: 'https://i{n}.example', shortName: i{n}}}")).collect::<Vec<_>>();
+    let documents = [
+        policy(&many(&rule(&aws(one, ""), every), 33)),
+        policy(&rule(&many(&aws(one, ""), 17), every)),
+        policy(&rule(&aws(one, ""), &many(every, 33))),
+        policy(&rule(&aws(&many(one, 257), ""), every)),
+        policy(&rule(&aws(one, &format!(", regions: [{}]", many("us-east-2", 101))), every)),
+        policy(&rule(&jwt(&format!("subjects: [{}]", many("x", 1025))), every)),
+        policy(&rule(&jwt(&format!("attributes: [{}]", many("{name: a}", 33))), every)),
+        policy(&rule(&jwt(&format!("attributes: [{{name: a, values: [{}]}}]", many("v", 101))), every)),
+        policy(&rule(&aws(one, ""), &select(&format!("matchLabels: {{{}}}", labels(17))))),
+        policy(&rule(
+            &aws(one, ""),
+            &select(&format!("matchExpressions: [{}]", many("{key: a, operator: Exists}", 17))),
+        )),
+        plane(&format!("{{endpoint: {{hosts: [{}], secretName: tls}}}}", many("a.example", 65))),
+        plane(&format!(
+            "{{endpoint: {{hosts: [a.example], secretName: tls}}, workloads: {{authentication: {{jwt: {{issuers: [{}]}}}}}}}}",
+            issuers.join(", ")
+        )),
+    ];
+    let onboardctl = onboarding_tests::world::binary("onboardctl").unwrap();
+    for (document, answers) in documents.iter().zip(ask(cluster, &documents)) {
+        let file = cluster.directory().join("large.yaml");
+        std::fs::write(&file, document).unwrap();
+        let lint = std::process::Command::new(&onboardctl).arg("lint").arg(&file).output().unwrap();
+        let said = String::from_utf8(lint.stderr).unwrap();
+        let warnings: Vec<_> = said.lines().filter(|line| line.contains("a cluster takes at most")).collect();
+        let places: Vec<_> = answers
+            .iter()
+            .filter(|answer| answer.contains("Too many") || answer.contains("Too long"))
+            .filter_map(|answer| Some(as_lint_writes(answer.split(": ").next()?)))
+            .collect();
+        assert!(lint.status.success() && !places.is_empty(), "{answers:?}; {said}");
+        assert_eq!(warnings.len(), places.len(), "{answers:?}; {said}");
+        for place in places {
+            assert!(warnings.iter().any(|line| line.contains(&format!(": {place}: has "))), "{place}: {said}");
+        }
+    }
 }
 
 /// Rules may not cost more than the API server allows for one object, however large that is.

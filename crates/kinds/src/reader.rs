@@ -93,7 +93,7 @@ impl Document {
 }
 
 /// A key as a part of a path.
-fn segment(path: &str, key: &str) -> String {
+pub(crate) fn segment(path: &str, key: &str) -> String {
     let simple = !key.is_empty() && key.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-'));
     match simple {
         true if path.is_empty() => key.to_owned(),

@@ -41,7 +41,7 @@ impl Lint {
         let out = loaded.faults.iter().map(|fault| format!("{fault}\n")).collect();
         let unread = loaded.unread.iter().map(|problem| format!("onboardctl: {problem}"));
         let empty = loaded.empty.iter().map(|path| format!("warning: {path}: no *.yaml, *.yml or *.json in it"));
-        let warnings = loaded.warnings.iter().map(|warning| format!("warning: {warning}"));
+        let warnings = loaded.warnings.iter().chain(&loaded.too_large).map(|warning| format!("warning: {warning}"));
         let notes = unread.chain(empty).chain(warnings).collect();
         let code = if loaded.faults.is_empty() && loaded.unread.is_empty() { 0 } else { FAILED };
         Ok(Outcome { out, notes, code })

@@ -6,6 +6,7 @@ use onboarding_core::group::WorkloadGroup;
 use onboarding_core::name::GroupName;
 use onboarding_core::policy::{Policy, PolicySet};
 use onboarding_kinds::control_plane::Onboarding;
+use onboarding_kinds::crd::limits;
 use onboarding_kinds::fault::Fault;
 use onboarding_kinds::manifest::{self, Manifest, Manifests, Object};
 use serde_json::{Value, json};
@@ -21,6 +22,8 @@ pub struct Loaded {
     /// By file in the order of reading, then by line; those between documents included.
     pub faults: Vec<Fault>,
     pub warnings: Vec<Fault>,
+    /// What is beyond what a cluster takes, though a plane does.
+    pub too_large: Vec<Fault>,
     /// Paths that can't be read, and why.
     pub unread: Vec<String>,
     /// Directories without a manifest.
@@ -166,6 +169,7 @@ impl Walk {
         match bytes {
             Ok(bytes) => {
                 self.files.push(file.to_owned());
+                self.loaded.too_large.extend(limits::beyond(file, &String::from_utf8_lossy(&bytes)));
                 let read = read(file, bytes);
                 self.loaded.items.extend(read.items);
                 self.loaded.faults.extend(read.faults);

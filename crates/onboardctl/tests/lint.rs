@@ -54,6 +54,19 @@ fn each_fault_is_a_line_with_its_place() {
 }
 
 #[test]
+fn what_only_a_cluster_refuses_is_a_warning() {
+    let rule = NARROW.split_once("  allow:\n").unwrap().1;
+    let dir = Dir::with(&[("policy.yaml", &NARROW.replace(rule, &rule.repeat(33)))]);
+    let ended = dir.run(&["lint", "."]).is(0).silent();
+    assert!(
+        ended.stderr.starts_with("warning: ")
+            && ended.stderr.contains("spec.allow: has 33 items, and a cluster takes at most 32"),
+        "{}",
+        ended.stderr
+    );
+}
+
+#[test]
 fn faults_come_in_the_order_of_files_and_lines() {
     let twice = format!("{NARROW}---\n{BAD}---\n{NARROW}");
     let dir = Dir::with(&[("b.yaml", &twice), ("a.yaml", BAD), ("syntax.yaml", &format!("{BAD}---\nkind: [\n"))]);

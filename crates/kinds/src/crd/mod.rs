@@ -13,13 +13,14 @@
 //! - **Items of lists deep in a policy** (subjects, attribute values, values of label expressions, `gcp`, `azure`) are held to a pattern,
 //!   which is then the message too: an API server estimates what rules may cost before it takes them, from how many items there may be.
 //!   How many there may be (32 rules, 16 matchers each, 256 accounts, 1024 subjects, 100 of most others) follows from that;
-//!   lint has no such limits. More rules are more policies.
+//!   to the plane there are no such limits, and lint warns of what is beyond them (`limits`). More rules are more policies.
 //! - **What is wrong between objects.**
 //!
 //! The plane reads what comes from an API server as lint does, so what passes here and not there admits nobody.
 
 mod control_plane;
 mod grammar;
+pub mod limits;
 mod policy;
 mod schema;
 mod war;
