@@ -106,6 +106,9 @@ pub enum Command {
     /// Print a completion script
     #[command(after_help = "Example:\n  onboarding-agent completions bash > /etc/bash_completion.d/onboarding-agent")]
     Completions { shell: clap_complete::Shell },
+    /// Print the manual page onboarding-agent(8)
+    #[command(hide = true)]
+    Manual,
 }
 
 #[cfg(test)]

@@ -1,13 +1,13 @@
 //! The verbs of the command line.
 
 use crate::args::{Cli, Command, Common, LogFormat, Output};
-use crate::config::{AGENT_VARIABLE, Configuration, ONBOARDING_VARIABLE, Sources};
+use crate::config::{AGENT_VARIABLE, Configuration, ConfigurationError, ONBOARDING_VARIABLE, Sources};
 use crate::run::{self, Settings};
 use crate::sidecar::{IstioWay, PilotAgent};
 use crate::status::Status;
 use crate::store::{Store, with_source};
 use crate::trust::{ROOT_CERTS_FILE, ROOT_CERTS_VARIABLE, Trust};
-use crate::{check, hosts};
+use crate::{check, hosts, manual};
 use anyhow::Context;
 use clap::{CommandFactory, Parser};
 use jiff::Timestamp;
@@ -16,6 +16,10 @@ use onboarding_runtime::{logs, shutdown};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+
+/// `EX_CONFIG` of sysexits.h: starting again is of no use before somebody has edited a file. The unit names it in
+/// `RestartPreventExitStatus`.
+const UNCONFIGURED: u8 = 78;
 
 /// Parses, does what is asked, and says what went wrong on standard error.
 pub fn main() -> ExitCode {
@@ -29,11 +33,15 @@ pub fn main() -> ExitCode {
             clap_complete::generate(shell, &mut Cli::command(), "onboarding-agent", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)
         }
+        Command::Manual => manual::print(&mut std::io::stdout()).map(|()| ExitCode::SUCCESS).map_err(Into::into),
     };
     result.unwrap_or_else(|error| {
         // Standard error is all there is to say it on.
         let _ = writeln!(std::io::stderr(), "onboarding-agent: {}", with_source(error.as_ref()));
-        ExitCode::FAILURE
+        match error.is::<ConfigurationError>() {
+            true => ExitCode::from(UNCONFIGURED),
+            false => ExitCode::FAILURE,
+        }
     })
 }
 
@@ -49,7 +57,10 @@ async fn run(common: &Common) -> anyhow::Result<ExitCode> {
     };
     logs::init(format, "info");
     let stop = shutdown::on_signal().context("can't wait for signals")?;
-    let configuration = Configuration::read(&sources(common))?;
+    let configuration = Configuration::read(&sources(common)).inspect_err(|error| {
+        let text = error.to_string();
+        run::tell_service_manager(&format!("not started: {}", text.lines().next().unwrap_or_default()));
+    })?;
     let settings = Settings {
         istio: istio_way(common, &configuration),
         configuration,

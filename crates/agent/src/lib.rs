@@ -12,6 +12,7 @@ pub mod hosts;
 pub mod keeper;
 pub mod key;
 pub mod machine;
+pub mod manual;
 pub mod mesh;
 pub mod probe;
 pub mod run;

@@ -10,6 +10,8 @@ mod news;
 mod show;
 mod witness;
 
+pub(crate) use show::tell_service_manager;
+
 use crate::boot::{self, HeldBoot};
 use crate::config::Configuration;
 use crate::host::{Evidence, Host};
@@ -28,7 +30,7 @@ use onboarding_runtime::backoff::{Backoff, with_jitter};
 use onboarding_wire::onboarding as pb;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{OnceCell, mpsc};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -83,6 +85,7 @@ struct Driver {
     probe: Option<(pb::Probe, tokio::task::AbortHandle)>,
     probes: JoinSet<()>,
     said_ready: bool,
+    began: Instant,
     said: String,
     shown: Option<Status>,
 }
@@ -222,6 +225,7 @@ impl Driver {
             probe: None,
             probes: JoinSet::new(),
             said_ready: false,
+            began: Instant::now(),
             said: String::new(),
             shown: None,
         }

@@ -1,10 +1,15 @@
 //! What people and the service manager are told: `status.json`, `sd_notify`.
 
 use super::Driver;
+use crate::machine::{self, Phase};
 use crate::status::Status;
 use crate::store::{StoreError, with_source};
 use onboarding_wire::onboarding as pb;
 use sd_notify::NotifyState;
+use std::time::Duration;
+
+/// A sidecar that joined and isn't live by then (its application keeps its port, Envoy refuses its configuration) is said by `status`.
+const LONGEST_START: Duration = Duration::from_secs(30);
 
 impl Driver {
     pub(super) fn report_sidecar(&mut self, boot_version: String, accepted: bool, message: String) {
@@ -44,16 +49,29 @@ impl Driver {
                 notify(&[NotifyState::Status(&line)]);
                 self.said = line;
             }
-            if status.sidecar == "Live" && !self.said_ready {
-                self.said_ready = true;
-                notify(&[NotifyState::Ready]);
-            }
             if status.phase == "Draining" && self.shown.as_ref().is_none_or(|shown| shown.phase != "Draining") {
                 notify(&[NotifyState::Stopping]);
             }
             self.shown = Some(status);
         }
+        if !self.said_ready && self.has_started() {
+            self.said_ready = true;
+            notify(&[NotifyState::Ready]);
+        }
     }
+
+    /// Whether `systemctl start` may return: the sidecar is live, or the first attempt failed and is tried again for as long as it
+    /// takes. Whoever waited for the mesh to admit this host would wait for ever, and so would a boot.
+    fn has_started(&self) -> bool {
+        self.state.sidecar == machine::Sidecar::Live
+            || matches!(self.state.phase, Phase::WaitingToRetry { .. })
+            || self.began.elapsed() >= LONGEST_START
+    }
+}
+
+/// For `systemctl status`.
+pub(crate) fn tell_service_manager(line: &str) {
+    notify(&[NotifyState::Status(line)]);
 }
 
 fn notify(state: &[NotifyState<'_>]) {
