@@ -103,7 +103,7 @@ Upstream-Name: {name}
 Source: {PROJECT}
 
 Files: *
-Copyright: the authors of {PROJECT}
+Copyright: 2026, the authors of {PROJECT}
 License: Apache-2.0
 Comment: {more}
 
