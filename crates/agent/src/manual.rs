@@ -4,6 +4,12 @@ use crate::args::Cli;
 use clap::CommandFactory;
 use std::io::{self, Write};
 
+/// Without a date: the same input is the same page. `Aq` is the apostrophe of what clap_mangen writes.
+const TITLE: &[u8] = br#".ie \n(.g .ds Aq \(aq
+.el .ds Aq '
+.TH ONBOARDING\-AGENT 8 "" "Workload Onboarding" "Workload Onboarding"
+"#;
+
 /// Writes onboarding-agent(8), in roff. One page with every command: who is on a machine at night looks in one place.
 pub fn print(out: &mut impl Write) -> io::Result<()> {
     let mut command = Cli::command();
