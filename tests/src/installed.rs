@@ -103,6 +103,10 @@ impl Installed {
             }
             let wait = ["wait", "--for=condition=Available", "--timeout=2s", &name, "-n", namespace];
             self.kubectl(&wait).map(|_| Ok(()))
+        })
+        .with_context(|| {
+            let there = self.kubectl(&["get", "pods,events", "-n", namespace]).unwrap_or_default();
+            format!("in the namespace is:\n{there}processes run of: {:?}", self.node.pods())
         })?
     }
 

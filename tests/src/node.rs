@@ -35,6 +35,8 @@ const LAST_HOST: u8 = 250;
 const TICK: Duration = Duration::from_millis(50);
 const PROBE_UNREADY: Duration = Duration::from_millis(150);
 const PROBE_READY: Duration = Duration::from_secs(2);
+/// What a watch missed, the next one doesn't.
+const WATCH: Duration = Duration::from_secs(20);
 const RESTART_AFTER: Duration = Duration::from_secs(1);
 /// Where every pod finds its account.
 const ACCOUNT: &str = "/run/secrets/kubernetes.io/serviceaccount";
@@ -198,7 +200,7 @@ impl Worker {
         let mut watch = Command::new(kubectl)
             .arg("--kubeconfig")
             .arg(self.options.cluster.kubeconfig())
-            .args(["get", "--raw", "/api/v1/pods?watch=true"])
+            .args(["get", "--raw", &format!("/api/v1/pods?watch=true&timeoutSeconds={}", WATCH.as_secs())])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -459,7 +461,11 @@ impl Worker {
             "apiVersion": "v1", "kind": "DeleteOptions", "gracePeriodSeconds": 0,
             "preconditions": {"uid": pod["metadata"]["uid"]},
         });
-        self.raw("delete", &format!("/api/v1/namespaces/{namespace}/pods/{name}"), &options)
+        match self.raw("delete", &format!("/api/v1/namespaces/{namespace}/pods/{name}"), &options) {
+            // Said before, or by a person with --force.
+            Err(error) if format!("{error:#}").contains("(NotFound)") => Ok(()),
+            other => other,
+        }
     }
 
     fn raw(&self, verb: &str, path: &str, body: &Value) -> anyhow::Result<()> {

@@ -43,22 +43,16 @@ fn enable(story: &mut Story, world: &World) -> anyhow::Result<()> {
         world.apply_demo(file)?;
     }
     let accepted = until("both policies are accepted", Duration::from_secs(10), || {
-        let table = installed.kubectl(&["get", "op", "-n", "bookinfo", "--no-headers"])?;
+        let table = installed.kubectl(&["get", "op", "-n", "bookinfo"])?;
         let all = table.lines().filter(|line| line.split_whitespace().nth(1) == Some("True")).count();
         ensure!(all == 2, "{table}");
         Ok(table)
     })?;
     story.tell(format!(
-        "The requirement's WorkloadGroup, OnboardingPolicy and Sidecar are applied, and those of productpage. `kubectl get op`: {}.",
-        rows(&accepted)
+        "The requirement's WorkloadGroup, OnboardingPolicy and Sidecar are applied, and those of productpage. `kubectl get op -n bookinfo`:\n{}",
+        indented(&accepted)
     ));
     Ok(())
-}
-
-/// The lines of a table, as words.
-fn rows(table: &str) -> String {
-    let row = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
-    table.lines().map(row).collect::<Vec<_>>().join("; ")
 }
 
 fn join(story: &mut Story, world: &World, vms: &mut Vec<Vm>) -> anyhow::Result<()> {

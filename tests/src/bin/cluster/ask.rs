@@ -56,6 +56,7 @@ pub struct Status {
     pub vms: Vec<String>,
     /// The process that keeps each machine, as it is numbered inside.
     pub machines: BTreeMap<String, i32>,
+    pub directories: BTreeMap<String, PathBuf>,
     pub logs: BTreeMap<String, PathBuf>,
     /// As seen inside.
     pub kubeconfig: PathBuf,
@@ -165,7 +166,10 @@ pub fn enter(machine: &str, arguments: &[String]) -> anyhow::Result<ExitCode> {
     let known = || status.machines.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
     let holder = holder.with_context(|| format!("there is no machine {machine}; there are: {}", known()))?;
     let mut inside = vec![OsString::from("nsenter"), "--target".into(), holder.to_string().into()];
-    inside.extend(["--net", "--mount", "--uts", "--"].map(OsString::from));
+    // Where its files are: configuration, state, logs.
+    let directory = status.directories.get(machine).cloned().unwrap_or_else(|| "/".into());
+    inside.extend(["--net", "--mount", "--uts", "--", "sh", "-c", r#"cd "$0" && exec "$@""#].map(OsString::from));
+    inside.push(directory.into());
     inside.extend(if arguments.is_empty() { vec!["bash".into()] } else { arguments.iter().map(Into::into).collect() });
     replace(in_the_lab(&inside)?)
 }

@@ -160,6 +160,9 @@ impl Up {
                 pod.restarts
             ));
             status.machines.insert(pod.name.clone(), pod.holder);
+            if let Some(directory) = pod.log.parent() {
+                status.directories.insert(pod.name.clone(), directory.to_owned());
+            }
             status.logs.insert(pod.name, pod.log);
         }
         for vm in self.vms.values() {
@@ -172,6 +175,7 @@ impl Up {
                 vm.registration()
             ));
             status.machines.insert(vm.name().to_owned(), vm.machine.holder_pid());
+            status.directories.insert(vm.name().to_owned(), vm.machine.directory().to_owned());
             status.logs.insert(vm.name().to_owned(), vm.file("agent.log"));
         }
         status.machines.insert("control".to_owned(), installed.control.holder_pid());
