@@ -6,6 +6,7 @@
 
 pub mod crowd;
 pub mod figures;
+pub mod floor;
 pub mod machine;
 pub mod plane;
 pub mod table;

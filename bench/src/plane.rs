@@ -122,26 +122,35 @@ spec:
 
     /// Who may join: everybody that this world vouches for.
     pub fn policy(&self) -> String {
-        format!(
-            r"apiVersion: authorization.onboarding.tetrate.io/v1alpha1
-kind: OnboardingPolicy
-metadata: {{name: allow-our-hosts, namespace: {NAMESPACE}}}
-spec:
-  allow:
-  - workloads:
-    - jwt: {{issuer: '{}'}}
-    - aws: {{accounts: ['{}'], ec2: {{}}}}
-    onboardTo:
-    - workloadGroupSelector: {{matchLabels: {{app: {GROUP}}}}}
-",
-            self.issuer.issuer,
-            crate::crowd::ACCOUNT,
-        )
+        format!("{}---\n{}", self.policy_for_jwts(), self.policy_for_instances())
+    }
+
+    pub fn policy_for_jwts(&self) -> String {
+        policy("allow-our-hosts", &format!("jwt: {{issuer: '{}'}}", self.issuer.issuer))
+    }
+
+    pub fn policy_for_instances(&self) -> String {
+        policy("allow-our-instances", &format!("aws: {{accounts: ['{}'], ec2: {{}}}}", crate::crowd::ACCOUNT))
     }
 
     pub fn whereto(&self) -> Whereto {
         Whereto { plane_uid: UID.to_owned(), namespace: NAMESPACE.to_owned(), group: GROUP.to_owned() }
     }
+}
+
+fn policy(name: &str, matcher: &str) -> String {
+    format!(
+        r"apiVersion: authorization.onboarding.tetrate.io/v1alpha1
+kind: OnboardingPolicy
+metadata: {{name: {name}, namespace: {NAMESPACE}}}
+spec:
+  allow:
+  - workloads:
+    - {matcher}
+    onboardTo:
+    - workloadGroupSelector: {{matchLabels: {{app: {GROUP}}}}}
+"
+    )
 }
 
 /// A plane that runs; killed with this value, and its data with it.

@@ -1,6 +1,184 @@
-use super::Bench;
-use crate::table::Figure;
+//! A decision among many policies, compiling them, and going through live sessions after a change.
 
-pub async fn run(_: &Bench) -> anyhow::Result<Vec<Figure>> {
-    Ok(Vec::new())
+use super::Bench;
+use crate::crowd::{Crowd, Habits, Members};
+use crate::machine;
+use crate::plane::{GROUP, NAMESPACE, Plane, World};
+use crate::table::Figure;
+use anyhow::{Context, ensure};
+use onboarding_core::group::WorkloadGroup;
+use onboarding_core::identity::Identity;
+use onboarding_core::policy::{Decision, Policy, PolicySet};
+use onboarding_kinds::manifest::{self, Object};
+use std::fmt::Write;
+use std::time::{Duration, Instant};
+
+const LINES: usize = 32;
+const CONNECTED_WITHIN: Duration = Duration::from_secs(180);
+const TOLD_WITHIN: Duration = Duration::from_secs(60);
+
+pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
+    let started = Instant::now();
+    let mut figures = Vec::new();
+    let sizes: &[usize] = if bench.quick { &[10, 1000] } else { &[10, 1000, 10_000, 100_000] };
+    for &size in sizes {
+        bench.say(started, &format!("a decision among {size} policies"));
+        figures.extend(decide(bench, size)?);
+    }
+    figures.extend(recheck(bench, started).await?);
+    Ok(figures)
+}
+
+/// Policies of one namespace, as they are written: account, zone, role and group of each its own.
+fn policies(size: usize) -> anyhow::Result<(Vec<Policy>, String)> {
+    let mut text = String::new();
+    for number in 0..size {
+        writeln!(
+            text,
+            "---\napiVersion: authorization.onboarding.tetrate.io/v1alpha1\nkind: OnboardingPolicy\nmetadata: {{name: policy-{number:06}, namespace: {NAMESPACE}}}\nspec:\n  allow:\n  - workloads:\n    - aws: {{accounts: ['{:012}'], regions: [us-east-2], ec2: {{iamRoleNames: [role-{number}]}}}}\n    onboardTo:\n    - workloadGroupSelector: {{matchLabels: {{app: {GROUP}}}}}",
+            // A hundred policies of each account.
+            100_000_000_000_u64 + number as u64 / 100
+        )?;
+    }
+    let read = manifest::read("policies.yaml", &text);
+    ensure!(read.faults.is_empty(), "{:?}", read.faults.first());
+    let policies = read.items.into_iter().filter_map(|item| match item.object {
+        Object::OnboardingPolicy(policy) => Some(policy),
+        _ => None,
+    });
+    Ok((policies.collect(), text))
+}
+
+fn instance(account: u64, role: usize) -> anyhow::Result<Identity> {
+    let document = serde_json::json!({"aws": {
+        "partition": "aws", "account": format!("{account:012}"), "region": "us-east-2", "zone": "us-east-2b",
+        "ec2": {"instanceId": "i-1234567890abcdef0", "iamRole": {"name": format!("role-{role}")}},
+    }});
+    onboarding_kinds::identity::from_json(&document, &[]).map_err(anyhow::Error::msg)
+}
+
+fn group() -> anyhow::Result<WorkloadGroup> {
+    let text = format!(
+        "apiVersion: networking.istio.io/v1alpha3\nkind: WorkloadGroup\nmetadata: {{name: {GROUP}, namespace: {NAMESPACE}, labels: {{app: {GROUP}}}}}\nspec: {{template: {{serviceAccount: ratings-vm}}}}\n"
+    );
+    let read = manifest::read("group.yaml", &text);
+    read.items
+        .into_iter()
+        .find_map(|item| match item.object {
+            Object::WorkloadGroup(group) => Some(group),
+            _ => None,
+        })
+        .context("a WorkloadGroup")
+}
+
+fn decide(bench: &Bench, size: usize) -> anyhow::Result<Vec<Figure>> {
+    let (policies, text) = policies(size)?;
+    let group = group()?;
+    let last = size - 1;
+    let account = 100_000_000_000_u64 + last as u64 / 100;
+    let (admitted, refused) = (instance(account, last)?, instance(account, size + 1)?);
+    let (mut yes, mut no, mut compile, mut read) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..bench.repeat {
+        let again = policies.clone();
+        let began = Instant::now();
+        let set = PolicySet::compile(again);
+        compile.push(began.elapsed().as_secs_f64() * 1e3);
+        let began = Instant::now();
+        ensure!(manifest::read("policies.yaml", &text).faults.is_empty());
+        read.push(began.elapsed().as_secs_f64() * 1e3);
+        let calls = bench.count(1000, 100_000);
+        yes.push(
+            1e6 * machine::per_call(calls, || {
+                ensure!(matches!(set.decide(&admitted, &group), Decision::Allowed { .. }));
+                Ok(())
+            })?,
+        );
+        no.push(
+            1e6 * machine::per_call(calls, || {
+                ensure!(set.decide(&refused, &group) == Decision::Refused);
+                Ok(())
+            })?,
+        );
+    }
+    let mut compile = Figure::new(format!("compiling {size} policies"), "ms", compile);
+    if size == 10_000 {
+        compile = compile.goal("with the recheck of 10,000 below: 100 ms");
+    }
+    Ok(vec![
+        Figure::new(format!("decision among {size} policies: allowed"), "us", yes).goal("2 us, flat"),
+        Figure::new(format!("decision among {size} policies: refused"), "us", no).goal("2 us, flat"),
+        compile,
+        Figure::new(format!("reading {size} policies from YAML"), "ms", read),
+    ])
+}
+
+/// From the rename of a manifest to the word that the one agent gets whom it concerns: with nobody else there, and among many.
+async fn recheck(bench: &Bench, started: Instant) -> anyhow::Result<Vec<Figure>> {
+    let world = World::start().await?;
+    let plane = Plane::start(bench, &world).await?;
+    let crowd = Crowd::new(&plane.target(), world.cheap(), world.whereto())?;
+    let size = bench.count(200, 10_000);
+    // Whoever isn't among the others comes by a policy of its own.
+    let others = Crowd::new(&plane.target(), world.ec2_document(), world.whereto())?;
+    let alone = one_is_withdrawn(bench, &world, &plane, &others).await?;
+    bench.say(started, &format!("{size} agents join"));
+    let joins = crowd.join(crowd.newcomers(size)?, LINES).await;
+    ensure!(joins.failures.is_empty(), "{} joins failed: {:?}", joins.failures.len(), joins.failures.first());
+    let members = crowd.stay(joins.joined, Habits { come_back: false, ..Habits::default() });
+    members.until(CONNECTED_WITHIN, |status| status.connected && status.boots > 0).await?;
+    bench.say(started, "a policy changes that concerns one of them");
+    let among = one_is_withdrawn(bench, &world, &plane, &others).await?;
+    bench.say(started, "nobody is admitted any more");
+    let (before, began) = (plane.cpu_time()?, Instant::now());
+    std::fs::remove_file(plane.directory().join("manifests/policy.yaml"))?;
+    let all = told(&members, began).await?;
+    let cpu = (plane.cpu_time()? - before).as_secs_f64();
+    let difference = |pair: (&f64, &f64)| (pair.0 - pair.1).max(0.0);
+    let added: Vec<f64> = among.iter().zip(&alone).map(difference).collect();
+    Ok(vec![
+        Figure::new(format!("recheck of {size} sessions: change to the one concerned"), "ms", among)
+            .against("the same with no other session", alone),
+        Figure::new(format!("recheck of {size} sessions: what they add"), "ms", added)
+            .goal("with compiling 10,000 policies: 100 ms"),
+        Figure::new(format!("{size} sessions withdrawn, durably: all told"), "ms", vec![all * 1e3]),
+        Figure::new(
+            format!("{size} sessions withdrawn, durably: plane's CPU each"),
+            "ms",
+            vec![cpu * 1e3 / size as f64],
+        ),
+    ])
+}
+
+async fn told(members: &Members, since: Instant) -> anyhow::Result<f64> {
+    members.until(TOLD_WITHIN, |status| status.ended.is_some()).await?;
+    Ok(since.elapsed().as_secs_f64())
+}
+
+/// An EC2 instance, which the policy of all others doesn't admit, joins by one that is then taken away.
+async fn one_is_withdrawn(bench: &Bench, world: &World, plane: &Plane, crowd: &Crowd) -> anyhow::Result<Vec<f64>> {
+    plane.write_manifest("policy.yaml", &world.policy_for_jwts())?;
+    let mut milliseconds = Vec::new();
+    for _ in 0..bench.repeat.max(3) {
+        plane.write_manifest("one.yaml", &world.policy_for_instances())?;
+        let joined = admitted(crowd).await?;
+        let member = crowd.stay(joined, Habits { come_back: false, ..Habits::default() });
+        member.until(CONNECTED_WITHIN, |status| status.connected && status.boots > 0).await?;
+        let began = Instant::now();
+        std::fs::remove_file(plane.directory().join("manifests/one.yaml"))?;
+        milliseconds.push(told(&member, began).await? * 1e3);
+    }
+    Ok(milliseconds)
+}
+
+/// The plane may not have read the policy yet.
+async fn admitted(crowd: &Crowd) -> anyhow::Result<Vec<crate::crowd::Joined>> {
+    let began = Instant::now();
+    loop {
+        let joins = crowd.join(crowd.newcomers(1)?, 1).await;
+        if joins.failures.is_empty() {
+            return Ok(joins.joined);
+        }
+        ensure!(began.elapsed() < TOLD_WITHIN, "not admitted: {:?}", joins.failures);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }

@@ -1,6 +1,153 @@
-use super::Bench;
-use crate::table::Figure;
+//! Joins: connect, Discover, AuthorizeOnboarding, RegisterWorkload, durable. What they cost the plane beside their cryptography.
 
-pub async fn run(_: &Bench) -> anyhow::Result<Vec<Figure>> {
-    Ok(Vec::new())
+use super::Bench;
+use crate::crowd::{Crowd, Evidence};
+use crate::floor::Cryptography;
+use crate::machine;
+use crate::plane::{Plane, World};
+use crate::table::{Figure, median, quantile};
+use anyhow::ensure;
+use std::time::{Duration, Instant};
+
+/// Before anything is measured: what is made on first use isn't a part of every join.
+const WARM_UP: usize = 50;
+const CLOSED_WITHIN: Duration = Duration::from_secs(30);
+const PEERS: &str = "measured earlier, same kind of machine, one core, fresh P-256 key, durable; issue 7";
+
+/// Of one number of agents at once, a sample for each repetition.
+#[derive(Default)]
+struct Samples {
+    rate: Vec<f64>,
+    p50: Vec<f64>,
+    p99: Vec<f64>,
+    cpu: Vec<f64>,
+}
+
+pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
+    let started = Instant::now();
+    let world = World::start().await?;
+    let mut figures = Vec::new();
+    bench.say(started, "a join's cryptography alone, and fsync");
+    let floors: Vec<Cryptography> = (0..bench.repeat)
+        .map(|_| Cryptography::measure(&world, bench.count(20, 1000)))
+        .collect::<anyhow::Result<_>>()?;
+    let fsyncs: Vec<f64> =
+        machine::fsync(&bench.directory, bench.count(5, 200))?.into_iter().map(|it| it * 1e3).collect();
+    let parts: [(&str, fn(&Cryptography) -> f64); 4] = [
+        ("TLS 1.3 handshake, server", |it| it.handshake),
+        ("P-256 verification (two of a join)", |it| it.verify),
+        ("P-256 signature", |it| it.sign),
+        ("RSA-2048 verification (JWT or document)", |it| it.rsa_verify),
+    ];
+    for (name, part) in parts {
+        figures.push(Figure::new(format!("floor: {name}"), "ms", floors.iter().map(|it| part(it) * 1e3).collect()));
+    }
+    let floor: Vec<f64> = floors.iter().map(|it| it.of_a_join() * 1e3).collect();
+    figures.push(Figure::new("floor: a join's cryptography", "ms", floor.clone()));
+    figures.push(Figure::new("floor: fdatasync of 4 KiB", "ms", fsyncs.clone()));
+
+    let levels: &[usize] = if bench.one_core { &[1, 8, 32] } else { &[1, 8, 64] };
+    for (kind, evidence) in [("JWT", world.jwt()), ("EC2 document", world.ec2_document())] {
+        let measured = measure(bench, started, &world, kind, evidence, levels).await?;
+        let alone = measured.first().map(|first| first.p50.clone()).unwrap_or_default();
+        for (level, samples) in levels.iter().zip(measured) {
+            figures.extend(rows(bench, kind, *level, samples, &floor, &fsyncs, &alone));
+        }
+    }
+    Ok(figures)
+}
+
+async fn measure(
+    bench: &Bench,
+    started: Instant,
+    world: &World,
+    kind: &str,
+    evidence: Evidence,
+    levels: &[usize],
+) -> anyhow::Result<Vec<Samples>> {
+    let plane = Plane::start(bench, world).await?;
+    let crowd = Crowd::new(&plane.target(), evidence, world.whereto())?;
+    crowd.join(crowd.newcomers(bench.count(5, WARM_UP))?, 4).await;
+    let mut all = Vec::new();
+    for &level in levels {
+        bench.say(started, &format!("{kind}, {level} at once"));
+        let mut samples = Samples::default();
+        for _ in 0..bench.repeat {
+            // Enough of them for a clock that ticks a hundred times a second.
+            let count = bench.count(level.max(10), if level == 1 { 400 } else { 1500 });
+            let newcomers = crowd.newcomers(count)?;
+            let before = plane.cpu_time()?;
+            let joins = crowd.join(newcomers, level).await;
+            ensure!(joins.failures.is_empty(), "{} joins failed: {:?}", joins.failures.len(), joins.failures.first());
+            drop(joins.joined);
+            // Ending a connection is part of what it costs.
+            closed(&plane).await?;
+            let cpu = plane.cpu_time()? - before;
+            let latencies: Vec<f64> = joins.latencies.iter().map(|it| it.as_secs_f64() * 1e3).collect();
+            samples.rate.push(count as f64 / joins.elapsed.as_secs_f64());
+            samples.p50.extend(median(&latencies));
+            samples.p99.extend(quantile(&latencies, 0.99));
+            samples.cpu.push(cpu.as_secs_f64() * 1e3 / count as f64);
+        }
+        all.push(samples);
+    }
+    Ok(all)
+}
+
+async fn closed(plane: &Plane) -> anyhow::Result<()> {
+    let began = Instant::now();
+    while plane.metric("onboarding_connections").await? > 0.0 {
+        ensure!(began.elapsed() < CLOSED_WITHIN, "connections that their agents closed stay open");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}
+
+/// Joins a second, CPU and p99 of SPIRE and step-ca at these numbers of clients.
+fn peers(level: usize) -> Option<[(&'static str, f64, f64, Option<f64>); 2]> {
+    const SPIRE: &str = "SPIRE 1.13.3 (x509pop, SQLite)";
+    const STEP: &str = "step-ca 0.30.2 (AWS document, badger)";
+    match level {
+        1 => Some([(SPIRE, 221.0, 3.2, None), (STEP, 225.0, 2.7, None)]),
+        8 => Some([(SPIRE, 318.0, 2.7, None), (STEP, 354.0, 2.0, None)]),
+        32 => Some([(SPIRE, 348.0, 2.6, Some(302.0)), (STEP, 363.0, 2.0, Some(229.0))]),
+        _ => None,
+    }
+}
+
+fn rows(
+    bench: &Bench,
+    kind: &str,
+    level: usize,
+    samples: Samples,
+    floor: &[f64],
+    fsyncs: &[f64],
+    alone: &[f64],
+) -> Vec<Figure> {
+    let name = |what: &str| format!("join, {kind}, {level} at once: {what}");
+    let mut rate = Figure::new(name("rate"), "joins/s", samples.rate);
+    let mut p50 = Figure::new(name("p50"), "ms", samples.p50.clone());
+    let mut p99 = Figure::new(name("p99"), "ms", samples.p99);
+    let mut cpu = Figure::new(name("plane's CPU"), "ms", samples.cpu)
+        .against("its cryptography", floor.to_vec())
+        .goal("at most 2 x its cryptography");
+    if level == 1 {
+        p50 = p50.against("one fdatasync", fsyncs.to_vec());
+    }
+    if level == 64 {
+        p99 = p99.against("p50 at 64", samples.p50).against("p50 of one alone", alone.to_vec()).goal("at most 5 x p50");
+    }
+    if let Some(peers) = peers(level).filter(|_| bench.one_core) {
+        for (peer, theirs, their_cpu, their_p99) in peers {
+            rate = rate.beside(peer, theirs, PEERS);
+            cpu = cpu.beside(peer, their_cpu, PEERS);
+            p99 = match their_p99 {
+                Some(theirs) => p99.beside(peer, theirs, PEERS),
+                None => p99,
+            };
+        }
+        rate = rate.beside("istiod (CSR), sustained", 80.0, PEERS).goal("5 x the best of them");
+        cpu = cpu.beside("istiod and its API server", 5.0, PEERS);
+    }
+    vec![rate, p50, p99, cpu]
 }

@@ -1,6 +1,82 @@
-use super::Bench;
-use crate::table::Figure;
+//! Resident memory of the plane per idle connected agent.
 
-pub async fn run(_: &Bench) -> anyhow::Result<Vec<Figure>> {
-    Ok(Vec::new())
+use super::Bench;
+use crate::crowd::{Crowd, Habits};
+use crate::floor::Tls;
+use crate::plane::{Plane, World};
+use crate::table::Figure;
+use anyhow::ensure;
+use std::time::{Duration, Instant};
+
+const LINES: usize = 32;
+const CONNECTED_WITHIN: Duration = Duration::from_secs(300);
+const STILL_WITHIN: Duration = Duration::from_secs(30);
+const PEERS: &str = "measured earlier, same kind of machine; issue 7";
+
+pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
+    let started = Instant::now();
+    let world = World::start().await?;
+    let tls = Tls::new(&world)?;
+    // What the allocator keeps from the first time would be missing in the second.
+    bench.say(started, "the TLS library's own state of a connection");
+    let floor = vec![tls.bytes_per_connection(bench.count(1000, 10_000))? / 1024.0];
+    let sizes: &[usize] = if bench.quick { &[1000] } else { &[1000, 10_000, 50_000] };
+    let mut samples = vec![Vec::new(); sizes.len()];
+    let (mut cpu, mut largest) = (Vec::new(), 0);
+    for turn in 0..bench.repeat {
+        let plane = Plane::start(bench, &world).await?;
+        let crowd = Crowd::new(&plane.target(), world.cheap(), world.whereto())?;
+        // The pools, the metrics, the first pages of everything.
+        crowd.join(crowd.newcomers(20)?, 4).await;
+        let empty = still(&plane).await?;
+        let mut crowds = Vec::new();
+        let mut there = 0;
+        // The largest once: it takes as long as all others together.
+        for (size, samples) in sizes.iter().zip(&mut samples).take(if turn == 0 { 3 } else { 2 }) {
+            bench.say(started, &format!("{size} agents"));
+            let joins = crowd.join(crowd.newcomers(size - there)?, LINES).await;
+            ensure!(joins.failures.is_empty(), "{} joins failed: {:?}", joins.failures.len(), joins.failures.first());
+            let members = crowd.stay(joins.joined, Habits::default());
+            members.until(CONNECTED_WITHIN, |status| status.connected && status.boots > 0).await?;
+            crowds.push(members);
+            there = *size;
+            let full = still(&plane).await?;
+            samples.push(full.saturating_sub(empty) as f64 / 1024.0 / *size as f64);
+            if *size >= 10_000 || bench.quick {
+                let (before, idle) = (plane.cpu_time()?, Instant::now());
+                tokio::time::sleep(Duration::from_secs(5)).await;
+                let share = (plane.cpu_time()? - before).as_secs_f64() / idle.elapsed().as_secs_f64();
+                largest = there;
+                cpu.push(share * 100.0);
+            }
+        }
+        let lost = crowds.iter().flat_map(|members| members.statuses()).filter(|status| status.sessions != 1).count();
+        ensure!(lost == 0, "{lost} of {there} agents lost their session");
+    }
+    let mut figures: Vec<Figure> = sizes
+        .iter()
+        .zip(samples)
+        .map(|(size, samples)| {
+            Figure::new(format!("plane's memory per idle agent, {size} of them"), "KiB", samples)
+                .against("the TLS library's state alone", floor.clone())
+                .beside("SPIRE 1.13.3", 128.0, PEERS)
+                .goal("32 KiB")
+        })
+        .collect();
+    figures.push(Figure::new(format!("plane's CPU while up to {largest} agents are idle"), "%", cpu));
+    Ok(figures)
+}
+
+/// Resident bytes once they have stopped changing: what joining needed has been given back.
+async fn still(plane: &Plane) -> anyhow::Result<u64> {
+    let began = Instant::now();
+    let mut last = plane.memory()?.resident;
+    loop {
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        let now = plane.memory()?.resident;
+        if now.abs_diff(last) <= now / 500 || began.elapsed() > STILL_WITHIN {
+            return Ok(now);
+        }
+        last = now;
+    }
 }
