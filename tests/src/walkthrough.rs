@@ -15,7 +15,7 @@ pub fn tell(story: &mut Story, world: &mut World, vms: &mut Vec<Vm>) -> anyhow::
     join(story, world, vms)?;
     let [vm1, vm2] = vms.as_mut_slice() else { unreachable!() };
     shown(story, world, vm1, vm2)?;
-    call(story, vm1, vm2)?;
+    call(story, world, vm1, vm2)?;
     refused(story, world)?;
     war_deleted(story, world, vm1, vm2)?;
     policy_deleted(story, world, vm1, vm2)?;
@@ -119,20 +119,26 @@ fn synced(status: &serde_json::Value, vm: &Vm) -> anyhow::Result<String> {
     Ok(name)
 }
 
-fn call(story: &mut Story, vm1: &Vm, vm2: &Vm) -> anyhow::Result<()> {
+fn call(story: &mut Story, world: &World, vm1: &Vm, vm2: &Vm) -> anyhow::Result<()> {
     let written = vm2.agent_verb(&["hosts", "--write"])?;
     ensure!(written.status.success(), "onboarding-agent hosts --write: {}{}", written.stdout, written.stderr);
     let (answer, took) = first_answer(vm2, "http://ratings.bookinfo.svc:8080/", &[])?;
     let (caller, server) = over_mutual_tls(&answer, "ratings on vm1")?;
     story.tell(format!("VM 2 called ratings.bookinfo.svc:8080: VM 1's application answered in {took} ms, over mutual TLS: {caller} -> {server}."));
+    // Without a protocol istiod makes a listener that has one route, `*`, to the oldest Service of the port.
+    let port =
+        r#"[{"op":"replace","path":"/spec/egress/0/port","value":{"number":8080,"name":"http","protocol":"HTTP"}}]"#;
+    let sidecar = ["patch", "sidecar", "bookinfo-ratings-no-iptables", "-n", "bookinfo", "--type=json", "-p", port];
+    world.installed()?.kubectl(&sidecar)?;
     let (answer, took) = until("VM 1 gets an answer of VM 2", Duration::from_secs(15), || {
         let started = Instant::now();
-        Ok((vm1.call("productpage.bookinfo:8080")?, started.elapsed().as_millis()))
+        let answer = vm1.call("productpage.bookinfo:8080")?;
+        ensure!(answer.application == "productpage on vm2", "{answer:?}");
+        Ok((answer, started.elapsed().as_millis()))
     })?;
-    ensure!(answer.application == "productpage on vm2", "{answer:?}");
     let (caller, server) = (answer.caller.context("no caller")?, answer.server.context("no server")?);
     ensure!(caller.ends_with("/sa/ratings-vm") && server.ends_with("/sa/productpage-vm"), "{caller} -> {server}");
-    story.tell(format!("And the other way: VM 2's application answered VM 1 in {took} ms: {caller} -> {server}."));
+    story.tell(format!("And the other way, VM 2's application answered VM 1 in {took} ms: {caller} -> {server}. (For this VM 1's Sidecar says `protocol: HTTP` at its egress port: istiod leads a port without it to one Service alone.)"));
     let around = vm2.curl(&["-f", &format!("http://{}:8080/", vm1.machine.address())]);
     story.tell(match around {
         Ok(_) => "Plain text to VM 1's address reaches its sidecar (Istio's default is PERMISSIVE), never the application itself, which listens on 127.0.0.1.",
