@@ -66,6 +66,7 @@ rules:
   resources: [workloadautoregistrations, workloadautoregistrations/status, workloadentries, workloadentries/status]
   verbs: ['*']
 - {apiGroups: [''], resources: [configmaps], verbs: [get, list, watch]}
+- {apiGroups: ['*'], resources: [workloadgroups/finalizers, workloadautoregistrations/finalizers], verbs: [update]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
@@ -76,6 +77,7 @@ rules:
   verbs: [get, list, watch, create, update, patch]
 - {apiGroups: ['*'], resources: [workloadentries, workloadentries/status], verbs: ['*']}
 - {apiGroups: [''], resources: [configmaps], verbs: ['*']}
+- {apiGroups: ['*'], resources: [workloadgroups/finalizers, workloadautoregistrations/finalizers], verbs: [update]}
 ";
 
 /// Replicas that die in the middle: their accounts may not do the next step.

@@ -75,6 +75,8 @@ pub(super) async fn a_group_reaches_its_entries(cluster: &Cluster) {
         plane.store_live(name, live).await;
         plane.insist(name, |_| live_state(&connected(live, "s"))).await;
         home.until_entry(name, "the entry", |_| true).await;
+        plane.registry.stands(name, Some(applied(&plane)));
+        home.until_war(name, "the report", |war| has(war, "UpToDate", "True")).await;
     }
     let started = Instant::now();
     plane.groups.send_replace(home.changed(|group| {

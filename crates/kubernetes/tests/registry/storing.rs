@@ -43,7 +43,12 @@ pub(super) async fn what_is_stored_is_what_another_replica_reads(cluster: &Clust
         "only what was proven"
     );
     assert_eq!(war["metadata"]["ownerReferences"][0]["uid"], home.groups[&home.group()].uid.as_str());
-    assert!(has(&war, "UpToDate", "True"), "{war:#}");
+    let up_to_date = condition(&war, "UpToDate").unwrap();
+    assert_eq!(
+        (&up_to_date["status"], &up_to_date["reason"]),
+        (&json!("False"), &json!("NotApplied")),
+        "nobody reported"
+    );
 
     // It gets worse, and is lost.
     let (read, version) = a.live(&name).await;
