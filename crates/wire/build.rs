@@ -8,6 +8,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     tonic_prost_build::configure()
         .codec_path("crate::codec::SmallBuffers")
         .bytes(".onboarding.v1alpha1.XdsResource")
+        .bytes(".onboarding.v1alpha1.Splice")
         .compile_fds(descriptors)?;
     Ok(())
 }

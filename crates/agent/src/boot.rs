@@ -7,7 +7,9 @@ pub(crate) use istio::tests as fixtures;
 pub use istio::{Address, Istio, PROXY_CONFIG, Secret};
 
 use aws_lc_rs::digest::{SHA256, digest};
+use bytes::Bytes;
 use onboarding_wire::onboarding as pb;
+use onboarding_wire::xds;
 use prost::Message;
 use std::collections::BTreeMap;
 
@@ -41,7 +43,8 @@ pub struct Standalone {
     pub resources: Resources,
 }
 
-pub type Resources = BTreeMap<(XdsType, String), Vec<u8>>;
+/// Shared: the driver, the sidecar's task and the last good configuration hold the same bytes.
+pub type Resources = BTreeMap<(XdsType, String), Bytes>;
 
 impl Default for Sidecar {
     fn default() -> Self {
@@ -62,6 +65,8 @@ pub enum XdsType {
 pub enum BootError {
     #[error("the plane sent a difference to version {base:?}, and this agent holds {held:?}")]
     AnotherBase { base: String, held: String },
+    #[error("the plane sent a difference to the resource {name:?}, and this agent holds another of that name, or none")]
+    AnotherResource { name: String },
     #[error("the sidecar is configured with this host's address, which this agent has not registered yet")]
     NoHostAddress,
     #[error("the plane sent a boot configuration whose {field} {problem}")]
@@ -78,9 +83,15 @@ impl HeldBoot {
         if message.version.is_empty() {
             return Err(malformed("version", "is missing"));
         }
+        let mut host_aliases = message.host_aliases;
         let sidecar = match (message.sidecar, held) {
             (Some(pb::boot_configuration::Sidecar::Envoy(envoy)), _) => {
-                Sidecar::Standalone(Standalone::apply(held, envoy)?)
+                let kept = envoy.host_aliases_kept;
+                let standalone = Standalone::apply(held, envoy)?;
+                if let (true, Some(held)) = (kept, held) {
+                    host_aliases.clone_from(&held.host_aliases);
+                }
+                Sidecar::Standalone(standalone)
             }
             (Some(pb::boot_configuration::Sidecar::Istio(istio)), Some(held)) if held.version == message.version => {
                 return held.with_token_of(istio);
@@ -94,7 +105,7 @@ impl HeldBoot {
             trust_domain: message.trust_domain,
             sidecar,
             probe: message.probe,
-            host_aliases: message.host_aliases,
+            host_aliases,
             ingress: message.ingress,
             propagation_delay: message
                 .propagation_delay
@@ -199,12 +210,19 @@ impl Standalone {
             if changed.name.is_empty() {
                 return Err(malformed("resource", "has no name"));
             }
+            let key = (kind, changed.name);
+            let json = if changed.splices.is_empty() {
+                // Not a part of the message that it came in: that would be kept as long as it.
+                Bytes::copy_from_slice(&changed.json)
+            } else {
+                let made = resources.get(&key).and_then(|base| xds::spliced(base, &changed.splices));
+                made.ok_or_else(|| BootError::AnotherResource { name: key.1.clone() })?.into()
+            };
             // Envoy judges the content; that it is one JSON object is what the files are put together from.
-            let json = changed.json.as_ref();
-            if json.first() != Some(&b'{') || serde_json::from_slice::<serde::de::IgnoredAny>(json).is_err() {
-                return Err(malformed("resource", format!("{:?} is not a JSON object", changed.name)));
+            if json.first() != Some(&b'{') || serde_json::from_slice::<serde::de::IgnoredAny>(&json).is_err() {
+                return Err(malformed("resource", format!("{:?} is not a JSON object", key.1)));
             }
-            resources.insert((kind, changed.name), json.to_vec());
+            resources.insert(key, json);
         }
         Ok(Self { node_id: envoy.node_id, cluster: envoy.cluster, resources })
     }
@@ -219,7 +237,8 @@ impl Standalone {
             }
             .into(),
             name: name.clone(),
-            json: json.clone().into(),
+            json: json.clone(),
+            splices: Vec::new(),
         });
         pb::EnvoyBoot {
             base_version: String::new(),
@@ -227,6 +246,7 @@ impl Standalone {
             removed: Vec::new(),
             node_id: self.node_id.clone(),
             cluster: self.cluster.clone(),
+            host_aliases_kept: false,
         }
     }
 }
@@ -246,7 +266,12 @@ mod tests {
     use super::*;
 
     fn resource(kind: pb::XdsType, name: &str, json: &str) -> pb::XdsResource {
-        pb::XdsResource { r#type: kind.into(), name: name.to_owned(), json: json.as_bytes().to_vec().into() }
+        pb::XdsResource {
+            r#type: kind.into(),
+            name: name.to_owned(),
+            json: json.as_bytes().to_vec().into(),
+            splices: Vec::new(),
+        }
     }
 
     fn message(version: &str, envoy: pb::EnvoyBoot) -> pb::BootConfiguration {
@@ -286,7 +311,7 @@ mod tests {
         };
         let next = HeldBoot::apply(Some(&first()), message("2", envoy)).unwrap();
         assert_eq!(names(&next), [(XdsType::Listener, "a"), (XdsType::Cluster, "b")]);
-        assert_eq!(next.resources()[&(XdsType::Listener, "a".to_owned())], br#"{"a":2}"#);
+        assert_eq!(next.resources()[&(XdsType::Listener, "a".to_owned())].as_ref(), br#"{"a":2}"#);
         assert_eq!(next.version, "2");
     }
 
@@ -304,6 +329,37 @@ mod tests {
         assert_eq!(error, BootError::AnotherBase { base: "0".to_owned(), held: "1".to_owned() });
         let error = HeldBoot::apply(None, message("2", envoy())).unwrap_err();
         assert_eq!(error, BootError::AnotherBase { base: "0".to_owned(), held: String::new() });
+    }
+
+    #[test]
+    fn splices_change_a_resource_in_place() {
+        let spliced = |name: &str, offset: u64, insert: &'static str| {
+            let splices = vec![pb::Splice { offset, length: 1, insert: insert.into() }];
+            let changed = vec![pb::XdsResource { splices, ..resource(pb::XdsType::Listener, name, "") }];
+            let envoy = pb::EnvoyBoot { base_version: "1".to_owned(), changed, ..Default::default() };
+            HeldBoot::apply(Some(&first()), message("2", envoy))
+        };
+        let next = spliced("a", 5, "23").unwrap();
+        assert_eq!(next.resources()[&(XdsType::Listener, "a".to_owned())].as_ref(), br#"{"a":23}"#);
+        assert_eq!(names(&next), names(&first()));
+        let another = |name: &str| Err(BootError::AnotherResource { name: name.to_owned() });
+        assert_eq!(spliced("b", 5, "23"), another("b"));
+        assert_eq!(spliced("a", 7, "23"), another("a"));
+        assert!(spliced("a", 5, "}").unwrap_err().to_string().contains("not a JSON object"));
+    }
+
+    #[test]
+    fn host_aliases_stay_where_a_difference_leaves_them_out() {
+        let aliases = |name: &str| vec![pb::HostAlias { ip: "127.0.0.1".to_owned(), names: vec![name.to_owned()] }];
+        let held = HeldBoot { host_aliases: aliases("ratings"), ..first() };
+        let next = |host_aliases_kept, host_aliases| {
+            let envoy = pb::EnvoyBoot { base_version: "1".to_owned(), host_aliases_kept, ..Default::default() };
+            let message = pb::BootConfiguration { host_aliases, ..message("2", envoy) };
+            HeldBoot::apply(Some(&held), message).unwrap().host_aliases
+        };
+        assert_eq!(next(true, Vec::new()), aliases("ratings"));
+        assert_eq!(next(false, Vec::new()), []);
+        assert_eq!(next(false, aliases("reviews")), aliases("reviews"));
     }
 
     #[test]

@@ -60,7 +60,7 @@ pub fn read(file: &str, text: &str) -> Manifests {
             break;
         }
         match document {
-            Ok(node) => read_document(file, &node, &mut manifests),
+            Ok(node) => read_document(file, &node, &mut manifests, read_object),
             Err(error) => {
                 manifests.faults.push(syntax_fault(file, error));
                 // It may hide any document, whatever could be made out of it.
@@ -94,7 +94,7 @@ pub(crate) fn read_single<T>(
             Some((line, Some(kind))) if kind != wanted => {
                 manifests.faults.push(fault(line, "kind", wrong_kind(kind, wanted)));
             }
-            _ => read_document(file, &node, &mut manifests),
+            _ => read_document(file, &node, &mut manifests, read_file_of_agent),
         },
     }
     for document in documents.take(10) {
@@ -252,7 +252,7 @@ fn may_be_policy(api_version: Option<&str>, kind: Option<&str>) -> bool {
         || kind.is_none_or(|kind| closest(kind, &["OnboardingPolicy"]).is_some())
 }
 
-fn read_document(file: &str, node: &Node, manifests: &mut Manifests) {
+fn read_document(file: &str, node: &Node, manifests: &mut Manifests, read: ReadObject) {
     let heading = |key| node.get(key).and_then(|entry| entry.value.as_text());
     let (api_version, kind) = (heading("apiVersion"), heading("kind"));
     let class = match (api_version, kind) {
@@ -274,7 +274,7 @@ fn read_document(file: &str, node: &Node, manifests: &mut Manifests) {
     let (kind, misspelt) = match class {
         Class::OfOthers if !heading_is_doubled(node) => return,
         Class::OfOthers => (None, Some(("kind", "is there twice, so nobody can say what this is".to_owned()))),
-        Class::Known(Kind::List) => return read_list(file, node, manifests),
+        Class::Known(Kind::List) => return read_list(file, node, manifests, read),
         Class::Known(kind) => (Some(kind), None),
         Class::Misspelt { field, message, kind } => (kind, Some((field, message))),
     };
@@ -294,7 +294,7 @@ fn read_document(file: &str, node: &Node, manifests: &mut Manifests) {
     if let Some((field, message)) = misspelt {
         root.fault_at(field, message);
     }
-    let object = kind.and_then(|kind| read_object(kind, &root));
+    let object = kind.and_then(|kind| read(kind, &root));
     let (faults, warnings) = document.finish();
     if faults.is_empty() {
         manifests.warnings.extend(warnings);
@@ -312,10 +312,10 @@ fn heading_is_doubled(node: &Node) -> bool {
 }
 
 /// `kind: List`, as kubectl writes several objects.
-fn read_list(file: &str, node: &Node, manifests: &mut Manifests) {
+fn read_list(file: &str, node: &Node, manifests: &mut Manifests, read: ReadObject) {
     let Some(items) = node.get("items") else { return };
     match &items.value.value {
-        Value::List(items) => items.iter().for_each(|item| read_document(file, item, manifests)),
+        Value::List(items) => items.iter().for_each(|item| read_document(file, item, manifests, read)),
         _ => {
             let document = Document::new(file, "List".to_owned());
             document.fault(items.line, "items", "must be a list");
@@ -326,26 +326,35 @@ fn read_list(file: &str, node: &Node, manifests: &mut Manifests) {
 }
 
 /// `None` where there are faults, and for a Secret that isn't of TLS.
-fn read_object(kind: Kind, item: &Item<'_>) -> Option<Object> {
+type ReadObject = fn(Kind, &Item<'_>) -> Option<Object>;
+
+/// Apart from the others, so that the agent hasn't what reads those in its binary.
+fn read_file_of_agent(kind: Kind, item: &Item<'_>) -> Option<Object> {
     let mut root = item.map()?;
     root.skip("apiVersion");
     root.skip("kind");
-    match kind {
+    let object = match kind {
         Kind::OnboardingConfiguration => {
-            let configuration = agent::onboarding_configuration(&mut root);
-            root.close();
-            return configuration.map(Box::new).map(Object::OnboardingConfiguration);
+            agent::onboarding_configuration(&mut root).map(Box::new).map(Object::OnboardingConfiguration)
         }
-        Kind::AgentConfiguration => {
-            let configuration = agent::agent_configuration(&mut root);
-            root.close();
-            return configuration.map(Box::new).map(Object::AgentConfiguration);
-        }
+        Kind::AgentConfiguration => agent::agent_configuration(&mut root).map(Box::new).map(Object::AgentConfiguration),
+        _ => return None,
+    };
+    root.close();
+    object
+}
+
+fn read_object(kind: Kind, item: &Item<'_>) -> Option<Object> {
+    match kind {
+        Kind::OnboardingConfiguration | Kind::AgentConfiguration => return read_file_of_agent(kind, item),
         Kind::Secret if item.node().get("type").and_then(|entry| entry.value.as_text()) != Some(mesh::TLS_SECRET) => {
             return None;
         }
         _ => {}
     }
+    let mut root = item.map()?;
+    root.skip("apiVersion");
+    root.skip("kind");
     let ours = matches!(kind, Kind::OnboardingPolicy | Kind::WorkloadAutoRegistration);
     let metadata = metadata(&mut root, ours);
     Some(match kind {

@@ -55,22 +55,33 @@ impl Content {
             }
             Self::Package(version) => {
                 let version = version.clone();
-                let chunks = stream::try_unfold(from, move |offset| {
+                let chunks = stream::try_unfold((from, None), move |(offset, before)| {
                     let version = version.clone();
                     async move {
                         if offset >= to {
                             return Ok(None);
                         }
-                        let read = move || version.read(offset, CHUNK.min(to - offset));
-                        let chunk = tokio::task::spawn_blocking(read).await.map_err(io::Error::other)??;
+                        let chunk = read(version, offset, CHUNK.min(to - offset), before).await?;
                         let next = offset + chunk.len() as u64;
-                        Ok(Some((Frame::data(chunk), next)))
+                        Ok(Some((Frame::data(chunk.clone()), (next, Some(chunk)))))
                     }
                 });
                 StreamBody::new(chunks).boxed_unsync()
             }
         }
     }
+}
+
+/// What everybody downloads is in the page cache, and to go to another thread for it costs more than to encrypt it. `before` is the piece
+/// that was sent last, whose memory serves again when it is gone.
+async fn read(version: Arc<Version>, offset: u64, length: u64, before: Option<Bytes>) -> io::Result<Bytes> {
+    let mut block = before.and_then(|before| before.try_into_mut().ok()).unwrap_or_default();
+    block.resize(usize::try_from(length).unwrap_or(usize::MAX), 0);
+    if version.read_at_once(offset, &mut block)? {
+        return Ok(block.freeze());
+    }
+    let read = move || version.read(offset, &mut block).map(|()| block.freeze());
+    tokio::task::spawn_blocking(read).await.map_err(io::Error::other)?
 }
 
 /// To a GET or HEAD of it.

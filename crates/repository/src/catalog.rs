@@ -6,13 +6,13 @@
 use crate::archive;
 use crate::uri::{Package, Product, Revision};
 use aws_lc_rs::digest::{Context, SHA256};
-use bytes::Bytes;
 use cap_std::ambient_authority;
 use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt};
 use nix::fcntl::OFlag;
+use rustix::io::{ReadWriteFlags, preadv2};
 use std::collections::{BTreeSet, HashMap};
 use std::fs::{File, Metadata};
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -65,18 +65,35 @@ impl Version {
         SystemTime::UNIX_EPOCH.checked_add(since).unwrap_or(SystemTime::UNIX_EPOCH)
     }
 
-    /// At most `most` bytes from `offset` on, which is before the end. Blocks.
+    /// Fills the block from `offset` on, without waiting for a disk; `false`: what is there isn't in memory, and [`Self::read`] gets it.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_at_once(&self, offset: u64, block: &mut [u8]) -> io::Result<bool> {
+        let wanted = block.len();
+        // Any failure, a file system that can't tell among them, is found again by the read that waits.
+        let read = preadv2(&self.file, &mut [IoSliceMut::new(block)], offset, ReadWriteFlags::NOWAIT);
+        if read != Ok(wanted) {
+            return Ok(false);
+        }
+        self.unchanged()?;
+        Ok(true)
+    }
+
+    /// Fills the block from `offset` on. Blocks.
     ///
     /// # Errors
     /// The file can't be read, or somebody wrote to it: what was sent of it is no package, and its receiver must learn that.
-    pub fn read(&self, offset: u64, most: u64) -> io::Result<Bytes> {
-        let length = usize::try_from(most.min(self.mark.length - offset)).unwrap_or(usize::MAX);
-        let mut block = vec![0; length];
-        self.file.read_exact_at(&mut block, offset)?;
+    pub fn read(&self, offset: u64, block: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(block, offset)?;
+        self.unchanged()
+    }
+
+    fn unchanged(&self) -> io::Result<()> {
         if Mark::of(&self.file.metadata()?).content() != self.mark.content() {
             return Err(io::Error::other("the package was written to while it was downloaded"));
         }
-        Ok(block.into())
+        Ok(())
     }
 }
 

@@ -54,8 +54,8 @@ impl Default for Limits {
     }
 }
 
-/// Bytes of one answer that are ready to be sent before more are read.
-const BUFFER: usize = 128 << 10;
+/// Bytes of one answer that are ready to be sent before more are read: one piece, so that its memory is free for the next.
+const BUFFER: usize = 64 << 10;
 /// What the kernel takes of that ahead of the network.
 const UNSENT: u32 = 128 << 10;
 const STREAMS: u32 = 16;

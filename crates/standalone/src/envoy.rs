@@ -4,54 +4,27 @@
 //! Sidecar's egress makes. A workload's own part is its ingress, because that has its address in it.
 //! Types and fields are those of Envoy's v3 API, as protobuf JSON.
 
+mod assignment;
 pub mod catalog;
 mod clusters;
 mod http;
 mod inbound;
 mod names;
 mod outbound;
+mod resource;
 mod tls;
 
 pub use clusters::{Backend, backend};
 pub use inbound::{Inbound, inbound};
 pub use outbound::{Outbound, outbound};
+pub use resource::{Changes, Resource, Resources};
 
-use aws_lc_rs::digest::{Context, SHA256};
-use bytes::Bytes;
 use onboarding_core::group::{WorkloadEntry, WorkloadGroup};
 use onboarding_core::label::Labels;
-use onboarding_wire::onboarding::XdsType;
-use serde_json::Value;
 use std::sync::Arc;
 
 /// The domain of Services, whatever the trust domain is called.
 pub const CLUSTER_DOMAIN: &str = "cluster.local";
-
-/// One resource of Envoy's, rendered.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Resource {
-    pub kind: XdsType,
-    pub name: String,
-    /// Protobuf JSON with its `@type`.
-    pub json: Bytes,
-    /// SHA-256 of all of the above.
-    pub digest: [u8; 32],
-}
-
-impl Resource {
-    fn new(kind: XdsType, name: &str, value: &Value) -> Arc<Self> {
-        let json = Bytes::from(value.to_string());
-        let mut context = Context::new(&SHA256);
-        context.update(kind.as_str_name().as_bytes());
-        context.update(&[0]);
-        context.update(name.as_bytes());
-        context.update(&[0]);
-        context.update(&json);
-        let mut digest = [0; 32];
-        digest.copy_from_slice(context.finish().as_ref());
-        Arc::new(Self { kind, name: name.to_owned(), json, digest })
-    }
-}
 
 /// A live registration as the mesh sees it.
 #[derive(Debug, PartialEq)]

@@ -4,7 +4,7 @@
 //! looks only at its own part sees by a pointer that nothing happened.
 
 use crate::envoy::catalog::{Catalog, Upstream};
-use crate::envoy::{self, Backend, Inbound, Member, Outbound, Resource};
+use crate::envoy::{self, Backend, Changes, Inbound, Member, Outbound, Resource, Resources};
 use crate::mesh::MeshConfig;
 use aws_lc_rs::digest::{Context, SHA256};
 use onboarding_core::group::WorkloadEntry;
@@ -222,17 +222,23 @@ impl World {
             Err(problem) => return Look::Impossible(problem.clone()),
         };
         let outbound = seat.sidecar.and_then(|index| self.outbounds.get(index));
-        if let Some(had) = had {
+        // Of the mesh's configuration and of the member alone.
+        let mut inbound = None;
+        if let Some(had) = had
+            && Arc::ptr_eq(&had.mesh, &self.mesh)
+            && Arc::ptr_eq(&had.member, member)
+        {
             let same_outbound = match (&had.outbound, outbound) {
                 (Some(had), Some(outbound)) => Arc::ptr_eq(had, outbound),
                 (None, None) => true,
                 _ => false,
             };
-            if same_outbound && Arc::ptr_eq(&had.mesh, &self.mesh) && Arc::ptr_eq(&had.member, member) {
+            if same_outbound {
                 return Look::Same;
             }
+            inbound = Some(had.inbound.clone());
         }
-        let inbound = match seat.sidecar.and_then(|index| self.mesh.sidecars.get(index)) {
+        let make_inbound = || match seat.sidecar.and_then(|index| self.mesh.sidecars.get(index)) {
             Some(sidecar) => envoy::inbound(sidecar, member, &self.trust_domain),
             None => Inbound::default(),
         };
@@ -241,7 +247,7 @@ impl World {
             mesh: self.mesh.clone(),
             member: member.clone(),
             outbound: outbound.cloned(),
-            inbound: Arc::new(inbound),
+            inbound: inbound.unwrap_or_else(|| Arc::new(make_inbound())),
             trust_domain: self.trust_domain.clone(),
         };
         rendered.version = rendered.make_version();
@@ -356,55 +362,64 @@ impl Rendered {
         self.member.spiffe_id(&self.trust_domain)
     }
 
-    fn resources(&self) -> BTreeMap<(XdsType, &str), &Arc<Resource>> {
-        let outbound = self.outbound.iter().flat_map(|outbound| &outbound.resources);
-        // The ingress first: a listener of both names is the one that others reach.
-        outbound
-            .chain(&self.inbound.resources)
-            .map(|resource| ((resource.kind, resource.name.as_str()), resource))
-            .collect()
+    fn resources(&self) -> Resources<'_> {
+        let mut all = self.outbound.as_ref().map(|outbound| outbound.by_name()).unwrap_or_default();
+        // The ingress last: a listener of both names is the one that others reach.
+        all.extend(self.inbound.resources.iter().map(|resource| ((resource.kind, resource.name.as_str()), resource)));
+        all
+    }
+
+    fn changes(&self, base: Option<&Self>) -> Changes {
+        if let Some(base) = base
+            && Arc::ptr_eq(&base.inbound, &self.inbound)
+            && let (Some(before), Some(after)) = (&base.outbound, &self.outbound)
+        {
+            // Worked out once for all agents; whatever is of a name of the ingress, the ingress' own is in its place before and after.
+            let all = after.changes(before);
+            let own = |kind: i32, name: &str| {
+                self.inbound.resources.iter().any(|own| i32::from(own.kind) == kind && own.name == name)
+            };
+            return Changes {
+                changed: all.changed.iter().filter(|of| !own(of.r#type, &of.name)).cloned().collect(),
+                removed: all.removed.iter().filter(|of| !own(of.r#type, &of.name)).cloned().collect(),
+            };
+        }
+        Changes::between(&base.map(Self::resources).unwrap_or_default(), &self.resources())
     }
 
     /// The message that makes this of `base`, or of nothing.
     pub fn message(&self, base: Option<&Self>) -> pb::BootConfiguration {
-        let resources = self.resources();
-        let held = base.map(Self::resources).unwrap_or_default();
-        let mut boot = self.head();
-        boot.version = self.version.clone();
-        boot.sidecar = Some(pb::boot_configuration::Sidecar::Envoy(pb::EnvoyBoot {
-            base_version: base.map(|base| base.version.clone()).unwrap_or_default(),
-            changed: resources
-                .iter()
-                .filter(|(key, resource)| held.get(key).is_none_or(|held| held.digest != resource.digest))
-                .map(|(_, resource)| pb::XdsResource {
-                    r#type: resource.kind.into(),
-                    name: resource.name.clone(),
-                    json: resource.json.clone(),
-                })
-                .collect(),
-            removed: held
-                .keys()
-                .filter(|key| !resources.contains_key(key))
-                .map(|(kind, name)| pb::XdsResourceName { r#type: (*kind).into(), name: (*name).to_owned() })
-                .collect(),
-            node_id: self.node_id(),
-            cluster: format!("{}.{}", self.member.group.name.name, self.member.group.name.namespace),
-        }));
-        boot
+        let Changes { changed, removed } = self.changes(base);
+        let host_aliases_kept = base.is_some_and(|base| base.host_aliases() == self.host_aliases());
+        pb::BootConfiguration {
+            version: self.version.clone(),
+            host_aliases: if host_aliases_kept { Vec::new() } else { self.host_aliases().to_vec() },
+            sidecar: Some(pb::boot_configuration::Sidecar::Envoy(pb::EnvoyBoot {
+                base_version: base.map(|base| base.version.clone()).unwrap_or_default(),
+                changed,
+                removed,
+                node_id: self.node_id(),
+                cluster: format!("{}.{}", self.member.group.name.name, self.member.group.name.namespace),
+                host_aliases_kept,
+            })),
+            ..self.head()
+        }
     }
 
-    /// Everything but the resources and the version.
+    /// Everything but the resources, the names and the version.
     fn head(&self) -> pb::BootConfiguration {
         pb::BootConfiguration {
-            version: String::new(),
             spiffe_id: self.spiffe_id(),
             trust_domain: self.trust_domain.clone(),
-            sidecar: None,
             probe: self.member.group.probe.as_ref().map(pb::Probe::from),
-            host_aliases: self.outbound.as_ref().map(|outbound| outbound.host_aliases.clone()).unwrap_or_default(),
             ingress: self.inbound.listeners.clone(),
             propagation_delay: self.mesh.propagation_delay.try_into().ok(),
+            ..Default::default()
         }
+    }
+
+    fn host_aliases(&self) -> &[pb::HostAlias] {
+        self.outbound.as_ref().map(|outbound| outbound.host_aliases.as_slice()).unwrap_or_default()
     }
 
     /// As Istio names its proxies: the name in `istioctl proxy-status` is `<war name>.<namespace>`.
@@ -423,7 +438,8 @@ impl Rendered {
         let head = self.head().encode_to_vec();
         context.update(&(head.len() as u64).to_be_bytes());
         context.update(&head);
-        for resource in self.resources().values() {
+        context.update(&self.outbound.as_ref().map(|outbound| outbound.digest).unwrap_or_default());
+        for resource in &self.inbound.resources {
             context.update(&resource.digest);
         }
         context.finish().as_ref()[..16].iter().map(|byte| format!("{byte:02x}")).collect()

@@ -11,6 +11,7 @@ use onboarding_standalone::data_dir::DataDir;
 use onboarding_standalone::mesh::MeshConfig;
 use onboarding_standalone::world::{Look, Rendered, World};
 use onboarding_wire::onboarding::{BootConfiguration, XdsType, boot_configuration::Sidecar};
+use proptest::prelude::*;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
@@ -33,6 +34,39 @@ fn resource(boot: &BootConfiguration, kind: XdsType, name: &str) -> serde_json::
 fn names(boot: &BootConfiguration) -> Vec<String> {
     let Some(Sidecar::Envoy(envoy)) = &boot.sidecar else { panic!("no Envoy") };
     envoy.changed.iter().map(|resource| format!("{:?} {}", resource.r#type(), resource.name)).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whoever follows by differences, now and then after having missed some, has what whoever comes new is given.
+    #[test]
+    fn any_changes_applied_as_differences_are_the_whole(
+        changes in proptest::collection::vec((0..6u8, 0..4u8, any::<bool>(), any::<bool>()), 1..12),
+    ) {
+        let groups = ["ratings", "productpage"];
+        let mut world = bookinfo();
+        let mut had = rendered(&world, "ratings-vm1");
+        let mut held = had.message(None);
+        for (host, what, ready, looks) in changes {
+            let group = groups[usize::from(what % 2)];
+            let (registration, address) = (format!("host{host}"), format!("10.0.1.{host}"));
+            let change = match what {
+                3 => vec![(name(&format!("{group}-{registration}")), None)],
+                2 => vec![member("ratings", "vm1", &format!("10.0.0.{}", host + 1), ready)],
+                _ => vec![member(group, &registration, &address, ready)],
+            };
+            world = world.next(world.mesh.clone(), change);
+            if !looks {
+                continue;
+            }
+            if let Look::New(has) = world.look(&name("ratings-vm1"), Some(&had)) {
+                held = fixture::applied(&held, has.message(Some(&had)));
+                had = *has;
+            }
+            prop_assert_eq!(&held, &rendered(&world, "ratings-vm1").message(None));
+        }
+    }
 }
 
 /// The requirement's example, and something outside the mesh.
@@ -84,7 +118,7 @@ fn a_change_sends_only_what_changed_and_versions_follow_the_content() {
     // Not ready: the endpoints of productpage change, and nothing else.
     let after = before.next(before.mesh.clone(), vec![member("productpage", "vm2", "10.0.0.2", false)]);
     let Look::New(has) = after.look(&name("ratings-vm1"), Some(&had)) else { panic!("nothing new") };
-    let boot = has.message(Some(&had));
+    let boot = fixture::whole(&had.message(None), has.message(Some(&had)));
     assert_eq!(names(&boot), ["Endpoint outbound|8080||productpage.bookinfo.svc.cluster.local"]);
     let Some(Sidecar::Envoy(envoy)) = &boot.sidecar else { panic!("no Envoy") };
     assert_eq!(envoy.base_version, had.version);
@@ -96,7 +130,7 @@ fn a_change_sends_only_what_changed_and_versions_follow_the_content() {
     let back = after.next(before.mesh.clone(), vec![member("productpage", "vm2", "10.0.0.2", true)]);
     assert_eq!(rendered(&back, "ratings-vm1").version, had.version);
     let gone = back.next(before.mesh.clone(), vec![(name("productpage-vm2"), None)]);
-    let boot = rendered(&gone, "ratings-vm1").message(Some(&has));
+    let boot = fixture::whole(&has.message(None), rendered(&gone, "ratings-vm1").message(Some(&has)));
     let assignment = resource(&boot, XdsType::Endpoint, "outbound|8080||productpage.bookinfo.svc.cluster.local");
     assert_eq!(assignment["endpoints"], serde_json::json!([]));
     assert!(matches!(gone.look(&name("productpage-vm2"), None), Look::Gone));
@@ -431,7 +465,7 @@ fn an_endpoint_that_becomes_unready_gets_no_traffic_and_no_request_is_lost() {
     // All unready: nothing is tried, and nothing panics into sending anyway.
     let none = both
         .next(mesh, vec![member("ratings", "vm1", "127.0.2.1", false), member("ratings", "dead", "127.0.2.9", false)]);
-    client.apply(&rendered(&none, "productpage-vm2").message(Some(&had)));
+    client.apply(&fixture::whole(&had.message(None), rendered(&none, "productpage-vm2").message(Some(&had))));
     let mut answer = String::new();
     for _ in 0..500 {
         answer = http_get(&egress, "/", "ratings.bookinfo");

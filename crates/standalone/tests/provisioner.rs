@@ -137,8 +137,11 @@ async fn an_agent_is_sent_all_then_what_changes_then_the_end() {
         text.replace("    network: virtual-machines # (3)", "    network: virtual-machines\n    weight: 7")
     });
     let fourth = next(&mut again).await;
-    let json = &envoy(&fourth).changed[0].json;
-    assert!(String::from_utf8_lossy(json).contains("\"load_balancing_weight\":7"), "{fourth:?}");
+    // Of a resource that it has, what differs in it.
+    let changed = &envoy(&fourth).changed[0];
+    let inserted: Vec<u8> = changed.splices.iter().flat_map(|splice| splice.insert.clone()).collect();
+    assert!(String::from_utf8_lossy(&inserted).contains("\"load_balancing_weight\":7"), "{fourth:?}");
+    assert!(changed.json.is_empty() && envoy(&fourth).host_aliases_kept && fourth.host_aliases.is_empty(), "{fourth:?}");
 
     // It leaves.
     plane.store("ratings", "vm1", &State::Absent).await;

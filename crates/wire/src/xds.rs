@@ -3,7 +3,7 @@
 //! Envoy's file subscriptions take *one* resource of EDS and of RDS per file (`Unexpected EDS resource length: 2`, Envoy 1.40),
 //! so each ClusterLoadAssignment and each RouteConfiguration has a file of its own; all listeners share one, and all clusters.
 
-use crate::onboarding::XdsType;
+use crate::onboarding::{Splice, XdsType};
 use aws_lc_rs::digest::{SHA256, digest};
 use std::fmt::Write;
 
@@ -43,9 +43,48 @@ fn stem(name: &str) -> String {
     stem
 }
 
+/// What the splices make of `base`. `None` where they aren't of such a base: not one after the other, or not within it.
+pub fn spliced(base: &[u8], splices: &[Splice]) -> Option<Vec<u8>> {
+    let inserted: usize = splices.iter().map(|splice| splice.insert.len()).sum();
+    let mut made = Vec::with_capacity(base.len() + inserted);
+    let mut kept_from = 0;
+    for splice in splices {
+        let offset = usize::try_from(splice.offset).ok()?;
+        made.extend_from_slice(base.get(kept_from..offset)?);
+        made.extend_from_slice(&splice.insert);
+        kept_from = offset.checked_add(usize::try_from(splice.length).ok()?)?;
+    }
+    made.extend_from_slice(base.get(kept_from..)?);
+    Some(made)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn splice(offset: u64, length: u64, insert: &'static str) -> Splice {
+        Splice { offset, length, insert: insert.into() }
+    }
+
+    #[test]
+    fn splices_replace_what_is_at_their_places() {
+        let made = |splices: &[Splice]| {
+            spliced(b"0123456789", splices).map(|made| String::from_utf8(made).unwrap_or_default())
+        };
+        assert_eq!(made(&[]).as_deref(), Some("0123456789"));
+        assert_eq!(made(&[splice(0, 0, "<"), splice(3, 2, "x"), splice(10, 0, ">")]).as_deref(), Some("<012x56789>"));
+        assert_eq!(made(&[splice(0, 10, "")]).as_deref(), Some(""));
+        for refused in [
+            &[splice(11, 0, "x")][..],
+            &[splice(9, 2, "")],
+            &[splice(5, 0, "x"), splice(4, 1, "")],
+            &[splice(3, 2, "x"), splice(4, 1, "")],
+            &[splice(u64::MAX, 1, "")],
+            &[splice(1, u64::MAX, "")],
+        ] {
+            assert_eq!(made(refused), None, "{refused:?}");
+        }
+    }
 
     #[test]
     fn each_route_and_assignment_has_a_file_of_its_own_inside_the_directory() {

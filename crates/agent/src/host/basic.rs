@@ -3,16 +3,20 @@
 use crate::host::HostError;
 use getifaddrs::InterfaceFlags;
 use onboarding_core::registration::{ConnectedOver, HostAddress};
-use regex::RegexSet;
+use regex_lite::Regex;
 use std::net::IpAddr;
 
 /// `hostinfo.basic`.
 #[derive(Debug)]
 pub struct Basic {
     /// `None`: all but the known bridges.
-    include: Option<RegexSet>,
-    exclude: RegexSet,
+    include: Option<Patterns>,
+    exclude: Patterns,
 }
+
+/// Any of these.
+#[derive(Debug)]
+struct Patterns(Vec<Regex>);
 
 /// One address of one interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,12 +35,22 @@ pub type Reason = (Interface, &'static str);
 const BRIDGES: &[&str] =
     &[r"^docker[0-9]*$", r"^br-", r"^virbr", r"^cni", r"^veth", r"^lxc", r"^podman", r"^cali", r"^flannel"];
 
+impl Patterns {
+    fn new<T: AsRef<str>>(patterns: &[T]) -> Result<Self, regex_lite::Error> {
+        patterns.iter().map(|pattern| Regex::new(pattern.as_ref())).collect::<Result<_, _>>().map(Self)
+    }
+
+    fn is_match(&self, name: &str) -> bool {
+        self.0.iter().any(|pattern| pattern.is_match(name))
+    }
+}
+
 impl Basic {
     /// Errors: a pattern that isn't a regular expression.
     pub fn new(include: &[String], exclude: &[String]) -> Result<Self, HostError> {
         Ok(Self {
-            include: if include.is_empty() { None } else { Some(RegexSet::new(include)?) },
-            exclude: RegexSet::new(exclude)?,
+            include: if include.is_empty() { None } else { Some(Patterns::new(include)?) },
+            exclude: Patterns::new(exclude)?,
         })
     }
 
@@ -67,7 +81,7 @@ impl Basic {
     /// Those that are taken, the one for the mesh first (the default route's interface, then IPv4), and what was thought of each.
     pub fn choose(&self, mut interfaces: Vec<Interface>) -> Result<(Vec<HostAddress>, Vec<Reason>), HostError> {
         interfaces.sort_by_key(|interface| (!interface.default_route, !interface.ip.is_ipv4()));
-        let bridges = RegexSet::new(BRIDGES)?;
+        let bridges = Patterns::new(BRIDGES)?;
         let reasons: Vec<_> = interfaces
             .into_iter()
             .map(|interface| {
@@ -95,7 +109,7 @@ impl Basic {
         Ok((taken, reasons))
     }
 
-    fn verdict(&self, bridges: &RegexSet, interface: &Interface) -> Result<&'static str, &'static str> {
+    fn verdict(&self, bridges: &Patterns, interface: &Interface) -> Result<&'static str, &'static str> {
         if !interface.up {
             return Err("left out: the interface is down");
         }

@@ -60,7 +60,7 @@ pub enum HostError {
     )]
     NoAddress { considered: String },
     #[error("a pattern of host.custom.hostinfo.basic.networkInterfaces is not a regular expression")]
-    Pattern(#[from] regex::Error),
+    Pattern(#[from] regex_lite::Error),
     #[error(
         "no platform was recognised (tried: AWS EC2 at {tried}: {why}; AWS ECS, Google Cloud and Azure are not built in); set host.custom with a credential plugin in agent.config.yaml"
     )]

@@ -214,7 +214,7 @@ impl Driver {
             }
             Err(error) => {
                 let why = error.to_string();
-                let complete = matches!(error, BootError::AnotherBase { .. });
+                let complete = matches!(error, BootError::AnotherBase { .. } | BootError::AnotherResource { .. });
                 tracing::warn!(why, ask_for_all_of_it = complete, "a boot configuration can't be used");
                 if !complete {
                     self.report_sidecar(version, false, why.clone());

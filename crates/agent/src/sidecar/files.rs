@@ -6,6 +6,7 @@
 
 use crate::boot::{HeldBoot, Resources, XdsType};
 use anyhow::Context;
+use bytes::Bytes;
 use onboarding_wire::onboarding as pb;
 use onboarding_wire::xds;
 use serde::Deserialize;
@@ -196,7 +197,7 @@ pub(super) fn prepare(directory: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn of_type(resources: &Resources, kind: XdsType) -> impl Iterator<Item = (&str, &Vec<u8>)> {
+fn of_type(resources: &Resources, kind: XdsType) -> impl Iterator<Item = (&str, &Bytes)> {
     resources.iter().filter(move |((of, _), _)| *of == kind).map(|((_, name), resource)| (name.as_str(), resource))
 }
 
@@ -209,7 +210,7 @@ fn wire(kind: XdsType) -> pb::XdsType {
     }
 }
 
-fn own_file(kind: XdsType, name: &str, version: &str, resource: &Vec<u8>) -> Option<(String, Vec<u8>)> {
+fn own_file(kind: XdsType, name: &str, version: &str, resource: &Bytes) -> Option<(String, Vec<u8>)> {
     Some((xds::file(wire(kind), name)?, shared_file(version, std::iter::once((name, resource)))))
 }
 
@@ -245,7 +246,7 @@ impl Place {
 }
 
 /// A DiscoveryResponse. The resources are JSON objects already ([`HeldBoot::apply`] made sure).
-fn shared_file<'a>(version: &str, resources: impl Iterator<Item = (&'a str, &'a Vec<u8>)>) -> Vec<u8> {
+fn shared_file<'a>(version: &str, resources: impl Iterator<Item = (&'a str, &'a Bytes)>) -> Vec<u8> {
     let mut bytes = format!("{{\"version_info\":{},\"resources\":[", serde_json::Value::from(version)).into_bytes();
     for (index, (_, resource)) in resources.enumerate() {
         if index > 0 {
@@ -328,7 +329,7 @@ mod tests {
 
     fn boot(version: &str, resources: &[(XdsType, &str, &str)]) -> HeldBoot {
         let resources =
-            resources.iter().map(|(kind, name, json)| ((*kind, (*name).to_owned()), json.as_bytes().to_vec()));
+            resources.iter().map(|(kind, name, json)| ((*kind, (*name).to_owned()), json.as_bytes().to_vec().into()));
         let mut boot = HeldBoot { version: version.into(), ..HeldBoot::default() };
         boot.resources_mut().extend(resources);
         boot
@@ -426,7 +427,7 @@ mod tests {
     #[test]
     fn only_what_changed_is_written() {
         let mut to = HeldBoot { version: "2".into(), ..first() };
-        to.resources_mut().insert((E, "e".into()), b"{\"n\":1}".to_vec());
+        to.resources_mut().insert((E, "e".into()), Bytes::from_static(b"{\"n\":1}"));
         let steps = steps(&first(), &to);
         assert_eq!(steps.iter().map(names).collect::<Vec<_>>(), [["xds/eds/e"]]);
         assert_eq!(steps[0].expected, [at("2", Subscription::Endpoints("a_b".into()))]);

@@ -165,7 +165,7 @@ impl Builder {
     }
 
     fn put(mut self, kind: XdsType, name: &str, json: &Value) -> Self {
-        self.0.resources_mut().insert((kind, name.to_owned()), json.to_string().into_bytes());
+        self.0.resources_mut().insert((kind, name.to_owned()), json.to_string().into());
         self
     }
 

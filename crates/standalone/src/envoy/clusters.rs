@@ -1,11 +1,13 @@
 //! Clusters, and the endpoints of those that are in the mesh.
 
+use super::assignment::{Assignment, Endpoint};
 use super::catalog::{Endpoints, Host, Upstream};
 use super::{Member, Resource, http, is_behind, names, selects, tls};
 use onboarding_core::group::{WorkloadEntry, WorkloadGroup};
 use onboarding_kinds::mesh::TargetPort;
 use onboarding_wire::onboarding::XdsType;
 use serde_json::{Value, json};
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -49,21 +51,19 @@ pub fn backend<'a>(
             set(&mut cluster, http::mesh_options(upstream.speech));
             let mut faults = Vec::new();
             let port = |entry: &WorkloadEntry| target_port(entry, port_name.as_deref(), target.as_ref(), upstream.port);
-            let mut assignment = assignment(&name, &behind, port, &upstream.host, &mut faults);
-            // Only a resource of its own says its type.
-            assignment["@type"] = json!("type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment");
+            let assignment = assignment(&name, &behind, port, &upstream.host, &mut faults).typed();
             (Some(Resource::new(XdsType::Endpoint, &name, &assignment)), faults)
         }
         Endpoints::Static(hosts) => {
             cluster["type"] = json!("STATIC");
-            cluster["load_assignment"] = outside(&name, hosts, |host| host.address.clone());
+            cluster["load_assignment"] = json!(outside(&name, hosts, |host| host.address.as_str().into()));
             set(&mut cluster, http::plain_options(upstream.speech));
             (None, Vec::new())
         }
         Endpoints::Dns(hosts) => {
             cluster["type"] = json!("STRICT_DNS");
             cluster["dns_lookup_family"] = json!("V4_PREFERRED");
-            cluster["load_assignment"] = outside(&name, hosts, |host| resolvable(&host.address, &upstream.host));
+            cluster["load_assignment"] = json!(outside(&name, hosts, |host| resolvable(&host.address, &upstream.host)));
             set(&mut cluster, http::plain_options(upstream.speech));
             (None, Vec::new())
         }
@@ -108,14 +108,14 @@ fn target_port(entry: &WorkloadEntry, port_name: Option<&str>, target: Option<&T
     })
 }
 
-fn assignment(
-    name: &str,
-    behind: &[&Arc<Member>],
+fn assignment<'a>(
+    name: &'a str,
+    behind: &[&'a Arc<Member>],
     port: impl Fn(&WorkloadEntry) -> Option<u16>,
     host: &str,
     faults: &mut Vec<String>,
-) -> Value {
-    let mut localities: BTreeMap<Option<&str>, Vec<Value>> = BTreeMap::new();
+) -> Assignment<'a> {
+    let mut localities: BTreeMap<Option<&str>, Vec<Endpoint<'_>>> = BTreeMap::new();
     let mut problems = BTreeSet::new();
     for member in behind {
         let entry = &member.entry;
@@ -134,63 +134,28 @@ fn assignment(
             continue;
         };
         let health = if member.ready { "HEALTHY" } else { "UNHEALTHY" };
-        localities.entry(entry.locality.as_deref()).or_default().push(endpoint(
-            &entry.address,
-            port,
-            entry.weight,
-            Some(health),
-        ));
+        let endpoint = Endpoint::new(entry.address.as_str().into(), port, entry.weight, Some(health));
+        localities.entry(entry.locality.as_deref()).or_default().push(endpoint);
     }
     faults.extend(problems);
-    load_assignment(name, localities)
+    Assignment::new(name, localities)
 }
 
-fn outside(name: &str, hosts: &[Host], address: impl Fn(&Host) -> String) -> Value {
-    let mut localities: BTreeMap<Option<&str>, Vec<Value>> = BTreeMap::new();
+fn outside<'a>(name: &'a str, hosts: &'a [Host], address: impl Fn(&'a Host) -> Cow<'a, str>) -> Assignment<'a> {
+    let mut localities: BTreeMap<Option<&str>, Vec<Endpoint<'_>>> = BTreeMap::new();
     for host in hosts {
-        let endpoint = endpoint(&address(host), host.port, host.weight, None);
+        let endpoint = Endpoint::new(address(host), host.port, host.weight, None);
         localities.entry(host.locality.as_deref()).or_default().push(endpoint);
     }
-    load_assignment(name, localities)
-}
-
-fn load_assignment(name: &str, localities: BTreeMap<Option<&str>, Vec<Value>>) -> Value {
-    let localities: Vec<Value> = localities
-        .into_iter()
-        .map(|(locality, endpoints)| json!({"locality": parts(locality), "lb_endpoints": endpoints}))
-        .collect();
-    json!({"cluster_name": name, "endpoints": localities})
-}
-
-fn endpoint(address: &str, port: u16, weight: Option<u32>, health: Option<&str>) -> Value {
-    let mut endpoint = json!({"endpoint": {"address": http::socket_address(address, port)}});
-    if let Some(health) = health {
-        endpoint["health_status"] = json!(health);
-    }
-    if let Some(weight) = weight.filter(|weight| *weight > 0) {
-        endpoint["load_balancing_weight"] = json!(weight);
-    }
-    endpoint
-}
-
-/// `region/zone/subzone`.
-fn parts(locality: Option<&str>) -> Value {
-    let mut parts = locality.unwrap_or_default().splitn(3, '/');
-    let mut out = json!({});
-    for field in ["region", "zone", "sub_zone"] {
-        if let Some(part) = parts.next().filter(|part| !part.is_empty()) {
-            out[field] = json!(part);
-        }
-    }
-    out
+    Assignment::new(name, localities)
 }
 
 /// The name to ask for. `/etc/hosts` maps the service's own name to the egress listener, and Envoy's resolver reads it too: it would
 /// find itself. A name with a dot at its end is looked up in DNS alone.
-fn resolvable(address: &str, host: &str) -> String {
+fn resolvable<'a>(address: &'a str, host: &str) -> Cow<'a, str> {
     if address == host && address.contains('.') && address.parse::<IpAddr>().is_err() && !address.ends_with('.') {
-        format!("{address}.")
+        format!("{address}.").into()
     } else {
-        address.to_owned()
+        address.into()
     }
 }

@@ -2,6 +2,7 @@
 
 use super::catalog::{Catalog, Upstream};
 use super::names::{self, Speech};
+use super::resource::{Changes, Differences, Resources};
 use super::{Backend, Resource, clusters, http};
 use aws_lc_rs::digest::{Context, SHA256};
 use onboarding_kinds::mesh::{EgressListener, Sidecar};
@@ -15,7 +16,7 @@ use std::sync::Arc;
 const DEFAULT_BIND: &str = "127.0.0.1";
 
 /// A Sidecar's shared part.
-#[derive(Debug, Default, PartialEq)]
+#[derive(Debug, Default)]
 pub struct Outbound {
     /// Listeners, routes, clusters and endpoints.
     pub resources: Vec<Arc<Resource>>,
@@ -23,9 +24,25 @@ pub struct Outbound {
     pub faults: Vec<String>,
     /// Of resources and aliases.
     pub digest: [u8; 32],
+    changes: Differences<Arc<Changes>>,
+}
+
+impl PartialEq for Outbound {
+    fn eq(&self, other: &Self) -> bool {
+        self.digest == other.digest && self.faults == other.faults
+    }
 }
 
 impl Outbound {
+    pub fn by_name(&self) -> Resources<'_> {
+        self.resources.iter().map(|resource| ((resource.kind, resource.name.as_str()), resource)).collect()
+    }
+
+    /// What makes the resources of this of those of `base`.
+    pub fn changes(&self, base: &Self) -> Arc<Changes> {
+        self.changes.to(&base.digest, || Arc::new(Changes::between(&base.by_name(), &self.by_name())))
+    }
+
     /// With these resources in the place of those of the same type and name; `None` if it has none of them.
     pub fn with(&self, replaced: &HashMap<(XdsType, String), Arc<Resource>>) -> Option<Self> {
         let newer = |held: &Arc<Resource>| replaced.get(&(held.kind, held.name.clone())).cloned();
@@ -37,6 +54,7 @@ impl Outbound {
             host_aliases: self.host_aliases.clone(),
             faults: self.faults.clone(),
             digest: [0; 32],
+            changes: Differences::default(),
         };
         next.digest = digest(&next);
         Some(next)
