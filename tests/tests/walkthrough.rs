@@ -3,17 +3,19 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
 use anyhow::ensure;
+use onboarding_testkit::process;
 use onboarding_tests::scenario::{Scenario, run};
 use onboarding_tests::story::Story;
 use onboarding_tests::until::until;
 use onboarding_tests::walkthrough;
-use onboarding_tests::world::{Pair, Setup, World};
+use onboarding_tests::world::{ENDPOINT, Pair, Setup, World};
 use std::process::ExitCode;
 use std::time::Duration;
 
 /// In this order: each goes on from where the one before left the cluster.
 const SCENARIOS: &[Scenario] = &[
     ("from_an_empty_api_server_to_requests_answered", walk),
+    ("external_dns_finds_the_endpoints_name_on_vmgateway", external_dns),
     ("a_plane_that_is_deleted_is_replaced_and_agents_come_back", replaced),
     ("a_certificate_that_is_renewed_in_its_secret_is_served", renewed),
     ("disabling_ends_what_runs_and_leaves_the_rest", disabled),
@@ -30,6 +32,21 @@ fn walk(world: &mut World) -> anyhow::Result<()> {
     walkthrough::tell(&mut Story::start(), world, &mut vms)?;
     let (Some(productpage), Some(ratings)) = (vms.pop(), vms.pop()) else { unreachable!() };
     world.keep(Pair { ratings, productpage });
+    Ok(())
+}
+
+/// The real external-dns, whose provider keeps records in memory and says in its log which it makes.
+fn external_dns(world: &mut World) -> anyhow::Result<()> {
+    let installed = world.installed()?;
+    let mut command = installed.control.command(installed.cluster.binary("external-dns"));
+    command.arg(format!("--kubeconfig={}", installed.cluster.kubeconfig().display()));
+    command.args(["--source=service", "--provider=inmemory", "--inmemory-zone=your-company.corp", "--registry=noop"]);
+    command.args(["--namespace=istio-system", "--once", "--log-level=debug", "--metrics-address=127.0.0.1:0"]);
+    let ended = process::run(command, Duration::from_secs(60))?;
+    ensure!(ended.status.success(), "{ended:?}");
+    let record = format!("{ENDPOINT} 0 IN A  {}", world.way_in());
+    let made = ended.stderr.lines().any(|line| line.contains("CREATE: ") && line.contains(&record));
+    ensure!(made, "no record {record:?} is made: {}", ended.stderr);
     Ok(())
 }
 
@@ -60,7 +77,7 @@ fn replaced(world: &mut World) -> anyhow::Result<()> {
 fn renewed(world: &mut World) -> anyhow::Result<()> {
     let serial = |world: &World| {
         let script = "openssl s_client -connect \"$0:15443\" -servername \"$1\" </dev/null 2>/dev/null | openssl x509 -noout -serial";
-        let (way_in, name) = (world.way_in().to_string(), onboarding_tests::world::ENDPOINT);
+        let (way_in, name) = (world.way_in().to_string(), ENDPOINT);
         world.cloud.check("sh", ["-c", script, &way_in, name])
     };
     let before = serial(world)?;
