@@ -15,6 +15,7 @@ pub mod mesh;
 mod node;
 pub mod policy;
 mod reader;
+pub mod recipe;
 mod syntax;
 pub mod war;
 

@@ -2,7 +2,7 @@
 
 use crate::outcome::{FAILED, Outcome, complain};
 use crate::plane::Access;
-use crate::{attest, completions, doctor, explain, lint, mesh, plan, status, workloads};
+use crate::{attest, completions, doctor, explain, lint, mesh, packages, plan, status, workloads};
 use clap::error::ErrorKind;
 use clap::{Command, CommandFactory, FromArgMatches, Parser};
 use onboarding_core::name::is_resource_name;
@@ -44,6 +44,7 @@ enum Verb {
     Workloads(workloads::Workloads),
     Status(status::Status),
     Doctor(doctor::Doctor),
+    Packages(packages::Packages),
     Mesh(mesh::Mesh),
     Completions(completions::Completions),
 }
@@ -116,6 +117,7 @@ impl Verb {
             Self::Workloads(verb) => verb.run(access),
             Self::Status(verb) => verb.run(access),
             Self::Doctor(verb) => verb.run(access),
+            Self::Packages(verb) => verb.run(),
             Self::Mesh(verb) => verb.run(access),
             Self::Completions(verb) => verb.run(),
         }

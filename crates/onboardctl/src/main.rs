@@ -12,6 +12,7 @@ mod lint;
 mod manifests;
 mod mesh;
 mod outcome;
+mod packages;
 mod plan;
 mod plane;
 mod status;

@@ -3,12 +3,13 @@
 //! A package is one open file. Its checksum is computed of that very file, and whoever downloads it reads that file to its end,
 //! whatever has its name by then. So a package is replaced by a rename, and appears together with its checksum.
 
-use crate::archive;
-use crate::uri::{Package, Product, Revision};
 use aws_lc_rs::digest::{Context, SHA256};
 use cap_std::ambient_authority;
 use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt};
 use nix::fcntl::OFlag;
+use onboarding_packages::archive;
+use onboarding_packages::index::Published;
+use onboarding_packages::name::{Format, Package, Product, Revision};
 use rustix::io::{ReadWriteFlags, preadv2};
 use std::collections::{BTreeSet, HashMap};
 use std::fs::{File, Metadata};
@@ -29,6 +30,9 @@ const MOST_BYTES: u64 = 4 << 30;
 /// Read at a time while a checksum is computed.
 const BLOCK: usize = 256 << 10;
 
+/// A larger file is no index: they have some KiB a package.
+const LARGEST_INDEX: u64 = 64 << 20;
+
 /// Why a package can't be had.
 #[derive(Debug, thiserror::Error)]
 pub enum Absent {
@@ -38,6 +42,8 @@ pub enum Absent {
     NotWhole(#[from] archive::Fault),
     #[error("it is no file of at most 4 GiB")]
     NoFile,
+    #[error("it is too large for an index")]
+    NoIndex,
     #[error("it was written to while its checksum was computed: replace packages by a rename")]
     BeingWritten,
     #[error("it can't be read: {0}")]
@@ -177,7 +183,7 @@ impl Catalog {
             return Ok(version);
         }
         let format = package.format;
-        let version = blocking(move || compute(opened, format)).await?;
+        let version = blocking(move || compute(opened, Some(format))).await?;
         Ok(self.take(package, version))
     }
 
@@ -188,6 +194,23 @@ impl Catalog {
         let (package, found) =
             all.find(|(package, held)| held.version.digest == digest && package.file_name() == file_name)?;
         Some((package.clone(), found.version.clone()))
+    }
+
+    /// A file of the signed repository, as it is now. Where its name has its digest, that is taken on trust: whoever asked for it checks it.
+    ///
+    /// # Errors
+    /// Nothing that could be served.
+    pub async fn published(&self, path: &str, published: &Published) -> Result<Arc<Version>, Absent> {
+        let (directory, path, digest) = (self.directory.clone(), path.to_owned(), published.digest.clone());
+        let version = blocking(move || {
+            let (file, mark) = open(&directory, &path)?;
+            match digest {
+                Some(digest) => Ok(Version { file, mark, digest }),
+                None if mark.length > LARGEST_INDEX => Err(Absent::NoIndex),
+                None => compute((file, mark), None),
+            }
+        });
+        Ok(Arc::new(version.await?))
     }
 
     /// Everything; looks at the directory, and forgets what is gone or was replaced too long ago.
@@ -268,8 +291,11 @@ fn open(directory: &Path, path: &str) -> Result<(File, Mark), Absent> {
     Ok((file, Mark::of(&metadata)))
 }
 
-fn compute((file, mark): (File, Mark), format: crate::uri::Format) -> Result<Version, Absent> {
-    archive::check(&file, format, mark.length)?;
+/// `format`: which it must be a whole package of.
+fn compute((file, mark): (File, Mark), format: Option<Format>) -> Result<Version, Absent> {
+    if let Some(format) = format {
+        archive::check(&file, format, mark.length)?;
+    }
     let mut context = Context::new(&SHA256);
     let (mut block, mut offset) = (vec![0; BLOCK], 0);
     while offset < mark.length {

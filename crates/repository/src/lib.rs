@@ -4,7 +4,6 @@
 //! Never in here: Kubernetes, authentication (packages are no secret; their checksums and TLS say whose they are).
 
 mod answer;
-pub mod archive;
 pub mod catalog;
 pub mod certificate;
 mod metrics;

@@ -7,6 +7,7 @@
 # --group NAMESPACE/NAME  the WorkloadGroup to join: writes /etc/onboarding-agent/onboarding.config.yaml and starts the agent.
 #                         Without it the packages are installed, and nothing else is done.
 # --revision REVISION     the sidecar of this revision of Istio
+# --keep-current          also makes the repository known to apt or dnf, signed: apt-get upgrade or dnf upgrade then keeps both current
 #
 # A CA that this machine doesn't trust yet: CURL_CA_BUNDLE=FILE sh onboard.sh ...
 # Run again, it installs the newest packages.
@@ -77,14 +78,59 @@ CONFIGURATION
     mv "$CONFIG.new" "$CONFIG"
 }
 
+# Makes the repository known to the package manager, for the agent and the sidecar of this revision. Its key was downloaded over
+# the same TLS as this script; from here on everything is checked against it.
+keep_current() {
+    suite=stable base=''
+    if [ -n "$1" ]; then suite=istio-$1 base=istio-$1/; fi
+    curl -fsSL -o "$work/onboarding.asc" "$REPOSITORY/install/onboarding.asc" ||
+        fail "the repository is not signed: there is no $REPOSITORY/install/onboarding.asc"
+    mkdir -p /etc/pki/onboarding
+    ca=''
+    if [ -n "${CURL_CA_BUNDLE:-}" ]; then
+        ca=/etc/pki/onboarding/ca.pem
+        install -m 644 "$CURL_CA_BUNDLE" "$ca"
+    fi
+    case $format in
+        deb)
+            mkdir -p /etc/apt/keyrings /etc/apt/sources.list.d /etc/apt/apt.conf.d
+            install -m 644 "$work/onboarding.asc" /etc/apt/keyrings/onboarding.asc
+            if [ -n "$ca" ]; then
+                echo "Acquire::https::$ENDPOINT::CAInfo \"$ca\";" >/etc/apt/apt.conf.d/90onboarding
+            fi
+            echo "deb [signed-by=/etc/apt/keyrings/onboarding.asc] $REPOSITORY/install/apt $suite main" \
+                >/etc/apt/sources.list.d/onboarding.list
+            ;;
+        rpm)
+            install -m 644 "$work/onboarding.asc" /etc/pki/onboarding/onboarding.asc
+            cat >/etc/yum.repos.d/onboarding.repo <<REPOSITORY
+[onboarding]
+name=Workload Onboarding
+baseurl=$REPOSITORY/install/yum/$base\$basearch
+enabled=1
+gpgcheck=1
+repo_gpgcheck=1
+gpgkey=file:///etc/pki/onboarding/onboarding.asc
+${ca:+sslcacert=$ca}
+REPOSITORY
+            ;;
+    esac
+    echo "onboard.sh: the repository is known; upgrades come with those of this machine"
+}
+
 main() {
-    group='' sidecars=''
+    group='' sidecars='' revision='' current=''
     while [ $# -gt 0 ]; do
+        if [ "$1" = --keep-current ]; then
+            current=yes
+            shift
+            continue
+        fi
         [ $# -gt 1 ] || fail "$1 needs a value"
         case $1 in
             --group) group=$2 ;;
-            --revision) sidecars=istio-sidecar/$2/ ;;
-            *) fail "$1 is unknown: --group NAMESPACE/NAME, --revision REVISION" ;;
+            --revision) sidecars=istio-sidecar/$2/ revision=$2 ;;
+            *) fail "$1 is unknown: --group NAMESPACE/NAME, --revision REVISION, --keep-current" ;;
         esac
         shift 2
     done
@@ -93,6 +139,9 @@ main() {
         */*/* | /* | */ | *[!-a-z0-9./]*) fail "--group is NAMESPACE/NAME, as in bookinfo/ratings" ;;
         */*) ;;
         *) fail "--group is NAMESPACE/NAME, as in bookinfo/ratings" ;;
+    esac
+    case $revision in
+        *[!-a-z0-9]*) fail "--revision is that of an Istio, as in 1-28" ;;
     esac
     [ "$(id -u)" = 0 ] || fail "packages are installed by root: run it with sudo"
     recognise
@@ -103,6 +152,7 @@ main() {
     download "$sidecars$format/$architecture" "istio-sidecar.$format"
     download "$format/$architecture" "onboarding-agent.$format"
     install_packages "$work/istio-sidecar.$format" "$work/onboarding-agent.$format"
+    if [ -n "$current" ]; then keep_current "$revision"; fi
     if [ -n "$group" ]; then
         configure "${group%%/*}" "${group#*/}"
         systemctl enable onboarding-agent

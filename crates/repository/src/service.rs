@@ -11,6 +11,7 @@ use headers::{ContentLength, HeaderMapExt};
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::{Body as _, Frame, SizeHint};
 use http_body_util::BodyExt;
+use onboarding_packages::index::{Kind, Published};
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -59,7 +60,9 @@ impl Service {
             path: logged,
             package: matches!(
                 Target::parse(path),
-                Target::Newest(_, Part::Package) | Target::Content(_, _, Part::Package)
+                Target::Newest(_, Part::Package)
+                    | Target::Content(_, _, Part::Package)
+                    | Target::Published(_, Published { kind: Kind::Deb | Kind::Rpm, .. })
             ),
             status: StatusCode::INTERNAL_SERVER_ERROR,
             bytes: 0,
@@ -101,6 +104,10 @@ impl Service {
                     answer(request.method(), request.headers(), &representation(&package, version, part, true))
                 }
                 None => self.absent(None).await,
+            },
+            Target::Published(path, published) => match self.catalog.published(&path, &published).await {
+                Ok(version) => answer(request.method(), request.headers(), &of_index(version, &published)),
+                Err(absent) => self.absent(Some(absent)).await,
             },
             Target::Script => match script::script(request) {
                 Some(script) => text(StatusCode::OK, script),
@@ -170,6 +177,16 @@ fn representation(package: &Package, version: Arc<Version>, part: Part, immutabl
         }
     };
     Representation { content, content_type, digest, modified, immutable }
+}
+
+fn of_index(version: Arc<Version>, published: &Published) -> Representation {
+    Representation {
+        digest: version.digest.clone(),
+        modified: version.modified(),
+        content: Content::Package(version),
+        content_type: published.kind.content_type(),
+        immutable: published.digest.is_some(),
+    }
 }
 
 fn text(status: StatusCode, text: impl Into<Bytes>) -> Response<Body> {

@@ -1,139 +1,7 @@
 //! What can be asked for: a closed set of URIs, read exactly as they are written. Nothing is decoded, so nothing can be smuggled in.
 
-use std::fmt;
-
-/// A kind of package, and how its files end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Format {
-    Deb,
-    Rpm,
-}
-
-impl Format {
-    const ALL: [Self; 2] = [Self::Deb, Self::Rpm];
-
-    /// The directory, and the end of a file's name.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Deb => "deb",
-            Self::Rpm => "rpm",
-        }
-    }
-
-    /// As IANA and the distributions name it.
-    pub fn content_type(self) -> &'static str {
-        match self {
-            Self::Deb => "application/vnd.debian.binary-package",
-            Self::Rpm => "application/x-rpm",
-        }
-    }
-}
-
-/// In Debian's words, for both formats.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Architecture {
-    Amd64,
-    Arm64,
-}
-
-impl Architecture {
-    const ALL: [Self; 2] = [Self::Amd64, Self::Arm64];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Amd64 => "amd64",
-            Self::Arm64 => "arm64",
-        }
-    }
-}
-
-/// A revision of Istio, as `sidecar.istio.revision` of the agent has it: a DNS label of at most 56 characters.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Revision(String);
-
-impl Revision {
-    /// `None`: it is none.
-    pub fn parse(text: &str) -> Option<Self> {
-        let inside = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-        let label = (1..=56).contains(&text.len())
-            && text.bytes().all(inside)
-            && !text.starts_with('-')
-            && !text.ends_with('-');
-        label.then(|| Self(text.to_owned()))
-    }
-}
-
-/// What is packed.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Product {
-    Agent,
-    /// Without a revision: the one of the mesh.
-    Sidecar(Option<Revision>),
-}
-
-impl Product {
-    fn name(&self) -> &'static str {
-        match self {
-            Self::Agent => "onboarding-agent",
-            Self::Sidecar(_) => "istio-sidecar",
-        }
-    }
-
-    fn parse(name: &str, revision: Option<Revision>) -> Option<Self> {
-        match (name, revision) {
-            ("onboarding-agent", None) => Some(Self::Agent),
-            ("istio-sidecar", revision) => Some(Self::Sidecar(revision)),
-            _ => None,
-        }
-    }
-}
-
-/// One file of the repository; `Display` is its path below `/install/` and below the directory of packages.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Package {
-    pub product: Product,
-    pub format: Format,
-    pub architecture: Architecture,
-}
-
-impl Package {
-    /// `onboarding-agent.deb`
-    pub fn file_name(&self) -> String {
-        format!("{}.{}", self.product.name(), self.format.name())
-    }
-
-    /// Those of one product.
-    pub fn all_of(product: &Product) -> impl Iterator<Item = Self> {
-        Format::ALL.into_iter().flat_map(move |format| {
-            Architecture::ALL.map(|architecture| Self { product: product.clone(), format, architecture })
-        })
-    }
-
-    /// Of a path below `/install/`.
-    pub fn parse(path: &str) -> Option<Self> {
-        let parts: Vec<&str> = path.splitn(6, '/').collect();
-        let (revision, [format, architecture, file]) = match parts.as_slice() {
-            [format, architecture, file] => (None, [*format, *architecture, *file]),
-            ["istio-sidecar", revision, format, architecture, file] => {
-                (Some(Revision::parse(revision)?), [*format, *architecture, *file])
-            }
-            _ => return None,
-        };
-        let format = Format::ALL.into_iter().find(|it| it.name() == format)?;
-        let architecture = Architecture::ALL.into_iter().find(|it| it.name() == architecture)?;
-        let product = Product::parse(file.strip_suffix(format.name())?.strip_suffix('.')?, revision)?;
-        Some(Self { product, format, architecture })
-    }
-}
-
-impl fmt::Display for Package {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Product::Sidecar(Some(Revision(revision))) = &self.product {
-            write!(f, "istio-sidecar/{revision}/")?;
-        }
-        write!(f, "{}/{}/{}", self.format.name(), self.architecture.name(), self.file_name())
-    }
-}
+use onboarding_packages::index::Published;
+pub use onboarding_packages::name::Package;
 
 /// Everything is below it.
 pub const ROOT: &str = "/install/";
@@ -160,6 +28,8 @@ pub enum Target {
     Newest(Package, Part),
     /// That of this content, for as long as it is held: its digest in hexadecimal, and its file's name.
     Content(String, String, Part),
+    /// A file of the signed repository, at this path below the root.
+    Published(String, Published),
     /// `onboard.sh`
     Script,
     Unknown,
@@ -177,6 +47,9 @@ impl Target {
         }
         if path == crate::script::NAME {
             return Self::Script;
+        }
+        if let Some(published) = Published::parse(path) {
+            return Self::Published(path.to_owned(), published);
         }
         let (file, part) = match path.strip_suffix(CHECKSUM) {
             Some(file) => (file, Part::Checksum),
@@ -197,6 +70,18 @@ pub fn by_content(digest: &str, package: &Package) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use onboarding_packages::index::Kind;
+    use onboarding_packages::name::{Product, Revision};
+
+    #[test]
+    fn the_signed_repository_has_uris_of_its_own() {
+        for (path, kind) in [("onboarding.asc", Kind::Key), ("apt/dists/stable/InRelease", Kind::Text)] {
+            let published = Published { kind, digest: None };
+            assert_eq!(Target::parse(&format!("/install/{path}")), Target::Published(path.to_owned(), published));
+        }
+        assert_eq!(Target::parse("/install/apt/dists/stable/InRelease.sha256"), Target::Unknown);
+        assert_eq!(Target::parse("/install/.published.json"), Target::Unknown);
+    }
 
     #[test]
     fn the_uris_of_the_requirement_are_read_and_written_alike() {

@@ -78,6 +78,24 @@ fn it_only_installs_without_a_group_and_takes_a_revision() {
     assert!(!said.contains("systemctl enable onboarding-agent\n") && !said.contains("== /etc"), "{output:?}");
 }
 
+/// What `keep_current` wrote is in the same mount namespace, so the script's end prints it.
+#[test]
+fn it_makes_a_signed_repository_known_and_no_other() {
+    let repository = setup();
+    let output = run(&repository, "--keep-current");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("the repository is not signed"), "{output:?}");
+    put(&repository.packages(), "onboarding.asc", b"key");
+    let show = "--keep-current --revision 1-28 && cat /etc/apt/sources.list.d/onboarding.list /etc/apt/keyrings/*";
+    let output = run(&repository, show);
+    let said = String::from_utf8_lossy(&output.stdout);
+    let line = format!(
+        "deb [signed-by=/etc/apt/keyrings/onboarding.asc] {} istio-1-28 main\nkey",
+        repository.local("/install/apt")
+    );
+    assert!(said.contains(&line), "{output:?}");
+}
+
 #[test]
 fn it_says_what_is_wrong_and_does_nothing() {
     let repository = setup();
@@ -86,6 +104,7 @@ fn it_says_what_is_wrong_and_does_nothing() {
         ("--group 'bookinfo/rat\"ings'", "--group is NAMESPACE/NAME"),
         ("--group", "--group needs a value"),
         ("--namespace x", "--namespace is unknown"),
+        ("--revision 1.28/..", "--revision is that of an Istio"),
         ("--revision 1-29", "says what there is"),
     ] {
         let output = run(&repository, arguments);

@@ -1,7 +1,7 @@
 //! Whether a file is a whole package: that it begins as one, and that it is as long as it says itself.
 //! What is in it is for `dpkg` and `rpm` to judge.
 
-use crate::uri::Format;
+use crate::name::Format;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
