@@ -302,8 +302,7 @@ fn init(directory: &Path) -> ExitCode {
     }
     let exe = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe"));
     // Temporary files are the lab's too, and go with it.
-    let main =
-        Command::new(exe).args(std::env::args_os().skip(1)).env(STAGE, "main").env("TMPDIR", directory).spawn();
+    let main = Command::new(exe).args(std::env::args_os().skip(1)).env(STAGE, "main").env("TMPDIR", directory).spawn();
     let main = match main {
         Ok(main) => Pid::from_raw(main.id() as i32),
         Err(error) => {
