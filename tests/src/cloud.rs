@@ -73,24 +73,28 @@ impl World {
         role: &str,
     ) -> anyhow::Result<PathBuf> {
         let path = machine.directory().join("my-jwt-plugin.sh");
-        let script = format!(
+        std::fs::write(&path, self.credential_plugin_script(Some(&self.ca_file()), subject, region, role))?;
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
+        Ok(path)
+    }
+
+    /// Its text. `ca`: of the issuer's certificate; the system's trust store where there is none.
+    pub(crate) fn credential_plugin_script(&self, ca: Option<&Path>, subject: &str, region: &str, role: &str) -> String {
+        format!(
             r#"#!/bin/sh
 # GetCredential: reads {{"audience": "<plane UID>"}}, answers with a credential.
 set -eu
 audience=$(sed -E 's/.*"audience" *: *"([^"]*)".*/\1/')
 now=$(date +%s)
-token=$(curl -sSf -m 5 --cacert {ca} "{ISSUER}/token?alg=ES256" -H 'content-type: application/json' -d '{{
+token=$(curl -sSf -m 5 {ca} "{ISSUER}/token?alg=ES256" -H 'content-type: application/json' -d '{{
     "sub": "{subject}", "aud": "'"$audience"'", "iat": '"$now"', "exp": '"$((now + 3600))"',
     "custom_attributes": {{"region": "{region}", "instance_role": "{role}"}}
 }}')
 printf '{{"credential": {{"@type": "type.googleapis.com/example.JwtCredential", "token": "%s"}}, "expiresAt": "%s"}}\n' \
     "$token" "$(date -u -d "@$((now + 3600))" +%Y-%m-%dT%H:%M:%SZ)"
 "#,
-            ca = self.ca_file().display(),
-        );
-        std::fs::write(&path, script)?;
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
-        Ok(path)
+            ca = ca.map(|ca| format!("--cacert {}", ca.display())).unwrap_or_default(),
+        )
     }
 }
 

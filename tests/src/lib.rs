@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, reason = "all of it is tests")]
 
 mod cloud;
+pub mod guest;
 pub mod forward;
 pub mod installed;
 pub mod mesh;
