@@ -103,6 +103,9 @@ pub enum Command {
         #[arg(short, long, value_enum, default_value_t = Output::Text)]
         output: Output,
     },
+    /// Say whether the sidecar is up: what a container's health check runs, as its image has no curl
+    #[command(after_help = "Example:\n  onboarding-agent ready\n\nExit: 0 it is LIVE, 1 it isn't.")]
+    Ready,
     /// Print a completion script
     #[command(after_help = "Example:\n  onboarding-agent completions bash > /etc/bash_completion.d/onboarding-agent")]
     Completions { shell: clap_complete::Shell },

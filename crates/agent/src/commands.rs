@@ -3,7 +3,7 @@
 use crate::args::{Cli, Command, Common, LogFormat, Output};
 use crate::config::{AGENT_VARIABLE, Configuration, ConfigurationError, ONBOARDING_VARIABLE, Sources};
 use crate::run::{self, Settings};
-use crate::sidecar::{IstioWay, PilotAgent};
+use crate::sidecar::{self, IstioWay, PilotAgent};
 use crate::status::Status;
 use crate::store::{Store, with_source};
 use crate::trust::{ROOT_CERTS_FILE, ROOT_CERTS_VARIABLE, Trust};
@@ -29,6 +29,7 @@ pub fn main() -> ExitCode {
         Command::Check { output } => runtime().and_then(|runtime| runtime.block_on(check(&cli.common, output))),
         Command::Hosts { write, hosts_file } => hosts(&cli.common, write, &hosts_file),
         Command::Status { output } => status(&cli.common, output),
+        Command::Ready => runtime().and_then(|runtime| runtime.block_on(ready(&cli.common))),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "onboarding-agent", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)
@@ -88,6 +89,14 @@ async fn check(common: &Common, output: Output) -> anyhow::Result<ExitCode> {
     std::io::stdout().write_all(text.as_bytes())?;
     let failed = findings.iter().any(|finding| finding.verdict == check::Verdict::Fail);
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+async fn ready(common: &Common) -> anyhow::Result<ExitCode> {
+    match sidecar::ready(common.envoy_admin).await {
+        Ok(()) => std::io::stdout().write_all(b"LIVE\n")?,
+        Err(why) => anyhow::bail!("the sidecar isn't up: {why}"),
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn hosts(common: &Common, write: bool, file: &Path) -> anyhow::Result<ExitCode> {

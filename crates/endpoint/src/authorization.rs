@@ -204,10 +204,10 @@ fn evidence(credential: &prost_types::Any) -> Result<Evidence, Status> {
         AWS_EC2_CREDENTIAL => {
             pb::AwsEc2Credential::decode(credential.value.as_slice()).map(Evidence::AwsEc2).map_err(unreadable)
         }
-        JWT_CREDENTIAL => pb::JwtCredential::decode(credential.value.as_slice()).map(Evidence::Jwt).map_err(unreadable),
         AWS_ECS_CREDENTIAL => {
             pb::AwsEcsCredential::decode(credential.value.as_slice()).map(Evidence::AwsEcs).map_err(unreadable)
         }
+        JWT_CREDENTIAL => pb::JwtCredential::decode(credential.value.as_slice()).map(Evidence::Jwt).map_err(unreadable),
         other => Err(Status::invalid_argument(format!(
             "credential: {:?} is no kind of evidence that this plane knows",
             other.chars().take(100).collect::<String>()

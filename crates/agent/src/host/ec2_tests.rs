@@ -1,7 +1,10 @@
 use super::*;
+use crate::host::aws::LARGEST_ANSWER;
 use aws_lc_rs::digest::{SHA256, digest};
 use aws_lc_rs::hmac;
 use onboarding_core::identity::Thumbprint;
+use onboarding_wire::onboarding::SignedCallerIdentity;
+use onboarding_wire::proof::sts_binding;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -9,13 +12,13 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
 /// A metadata service on loopback that wants IMDSv2 tokens; what it answers can be changed.
-struct Metadata {
+struct Service {
     address: SocketAddr,
     answers: Arc<Mutex<BTreeMap<String, (u16, String)>>>,
     task: JoinHandle<()>,
 }
 
-impl Drop for Metadata {
+impl Drop for Service {
     fn drop(&mut self) {
         self.task.abort();
     }
@@ -23,7 +26,7 @@ impl Drop for Metadata {
 
 const CREDENTIALS: &str = r#"{"Code":"Success","Type":"AWS-HMAC","AccessKeyId":"ASIAEXAMPLE","SecretAccessKey":"secret","Token":"session/token+=","Expiration":"2026-11-24T17:00:00Z"}"#;
 
-impl Metadata {
+impl Service {
     async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -89,7 +92,7 @@ fn now() -> Timestamp {
     "2026-11-24T11:00:00Z".parse().unwrap()
 }
 
-async fn credential(metadata: &Metadata) -> Result<AwsEc2Credential, String> {
+async fn credential(metadata: &Service) -> Result<AwsEc2Credential, String> {
     let evidence = Ec2::new(metadata.address).evidence(&audience(), now()).await.map_err(|error| error.to_string())?;
     assert_eq!(evidence.credential.type_url, AWS_EC2_CREDENTIAL);
     Ok(AwsEc2Credential::decode(evidence.credential.value.as_slice()).unwrap())
@@ -115,7 +118,7 @@ fn signature(region: &str, secret: &str, token: &str, binding: &str) -> String {
 
 #[tokio::test]
 async fn evidence_is_the_document_and_two_signed_requests() {
-    let metadata = Metadata::start().await;
+    let metadata = Service::start().await;
     let credential = credential(&metadata).await.unwrap();
     assert_eq!(credential.identity_document, "MIAGCSqGSIb3DQEHAqCAMIACAQExDzAN");
     let binding = sts_binding("uid", &[7; 32], Thumbprint([9; 32]));
@@ -132,7 +135,7 @@ async fn evidence_is_the_document_and_two_signed_requests() {
 
 #[tokio::test]
 async fn an_instance_without_a_role_or_a_public_address_says_so() {
-    let metadata = Metadata::start().await;
+    let metadata = Service::start().await;
     for path in [ROLES, INSTANCE_CREDENTIALS, PUBLIC_ADDRESS] {
         metadata.answer(path, 404, "not found");
     }
@@ -144,7 +147,7 @@ async fn an_instance_without_a_role_or_a_public_address_says_so() {
 
 #[tokio::test]
 async fn the_public_address_comes_from_the_metadata() {
-    let metadata = Metadata::start().await;
+    let metadata = Service::start().await;
     let addresses = Ec2::new(metadata.address).addresses().await.unwrap();
     assert_eq!(addresses.len(), 2);
     assert_eq!(addresses[1], HostAddress { ip: "52.1.2.3".parse().unwrap(), kind: ConnectedOver::Internet });
@@ -159,12 +162,12 @@ async fn answers_that_make_no_sense_are_refused() {
         (INSTANCE_CREDENTIALS, 200, "<html>", "not credentials in JSON"),
         (INSTANCE_CREDENTIALS, 500, "", "with 500"),
     ] {
-        let metadata = Metadata::start().await;
+        let metadata = Service::start().await;
         metadata.answer(path, status, text);
         let error = credential(&metadata).await.unwrap_err();
         assert!(error.contains(words), "{path}: {error}");
     }
-    let metadata = Metadata::start().await;
+    let metadata = Service::start().await;
     metadata.answer(INSTANCE_CREDENTIALS, 200, &CREDENTIALS.replace("Success", "AssumeRoleUnauthorizedAccess"));
     assert!(credential(&metadata).await.unwrap_err().contains("Code is not Success"));
     metadata.answer(DOCUMENT, 200, &"x".repeat(LARGEST_ANSWER + 1));
@@ -179,10 +182,10 @@ async fn a_host_without_a_metadata_service_is_not_recognised_quickly() {
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let started = std::time::Instant::now();
     let error = Ec2::new(silent.local_addr().unwrap()).recognise().await.unwrap_err();
-    assert!(matches!(error, Ec2Error::TooSlow { .. }), "{error}");
+    assert!(matches!(error, AwsError::TooSlow { .. }), "{error}");
     assert!(started.elapsed() < Duration::from_secs(5));
     let address = silent.local_addr().unwrap();
     drop(silent);
     let error = Ec2::new(address).recognise().await.unwrap_err();
-    assert!(matches!(error, Ec2Error::Unreachable { .. }), "{error}");
+    assert!(matches!(error, AwsError::Unreachable { .. }), "{error}");
 }

@@ -2,12 +2,16 @@
 //!
 //! Which platform it is comes from the AgentConfiguration, or from asking each platform's metadata service.
 
+pub mod aws;
 pub mod basic;
 pub mod ec2;
+pub mod ecs;
 pub mod plugin;
 
+use crate::host::aws::AwsError;
 use crate::host::basic::Basic;
-use crate::host::ec2::{Ec2, Ec2Error};
+use crate::host::ec2::Ec2;
+use crate::host::ecs::{Ecs, EcsError, Environment};
 use crate::host::plugin::{PluginError, Plugins};
 use async_trait::async_trait;
 use jiff::Timestamp;
@@ -52,7 +56,9 @@ pub enum HostError {
     #[error(transparent)]
     Plugin(#[from] PluginError),
     #[error(transparent)]
-    Ec2(#[from] Ec2Error),
+    Ec2(#[from] AwsError),
+    #[error(transparent)]
+    Ecs(#[from] EcsError),
     #[error("can't list this host's network interfaces")]
     Interfaces(#[source] std::io::Error),
     #[error(
@@ -62,7 +68,7 @@ pub enum HostError {
     #[error("a pattern of host.custom.hostinfo.basic.networkInterfaces is not a regular expression")]
     Pattern(#[from] regex_lite::Error),
     #[error(
-        "no platform was recognised (tried: AWS EC2 at {tried}: {why}; AWS ECS, Google Cloud and Azure are not built in); set host.custom with a credential plugin in agent.config.yaml"
+        "no platform was recognised (tried: AWS ECS: its environment variables aren't there; AWS EC2 at {tried}: {why}; Google Cloud and Azure are not built in); set host.custom with a credential plugin in agent.config.yaml"
     )]
     NotRecognised { tried: String, why: String },
 }
@@ -71,6 +77,11 @@ pub enum HostError {
 pub async fn open(configuration: &AgentConfiguration) -> Result<Box<dyn Host>, HostError> {
     match &configuration.host {
         agent::Host::AwsEc2 => Ok(Box::new(Ec2::new(ec2::METADATA))),
+        agent::Host::AwsEcs => Ok(Box::new(Ecs::new(&Environment::of_process())?)),
+        // First: a task on an EC2 instance of one's own may reach the instance's metadata, and isn't the instance.
+        agent::Host::Auto if Environment::of_process().is_of_a_task() => {
+            Ok(Box::new(Ecs::new(&Environment::of_process())?))
+        }
         agent::Host::Auto => {
             let ec2 = Ec2::new(ec2::METADATA);
             match ec2.recognise().await {

@@ -27,6 +27,11 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+/// Whether the sidecar whose admin address this is answers `LIVE`; else why not.
+pub async fn ready(admin: std::net::SocketAddr) -> Result<(), String> {
+    admin::Admin::new(admin).ready().await
+}
+
 /// How a sidecar is run.
 #[derive(Debug, Clone)]
 pub struct Options {
