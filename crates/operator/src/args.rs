@@ -1,7 +1,7 @@
 //! The command line.
 
 use crate::reconcile::Options;
-use crate::render::Settings;
+use crate::render::{Packages, Settings};
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use onboarding_runtime::logs;
 use std::net::SocketAddr;
@@ -40,6 +40,16 @@ pub struct Serve {
     /// Image of the gateway; `auto`: Istio's injection puts its own in.
     #[arg(long, value_name = "IMAGE", default_value = "auto")]
     gateway_image: String,
+    /// When images are pulled; absent: as Kubernetes has it (always for the tag `latest`, else if not present).
+    #[arg(long, value_name = "POLICY", value_enum)]
+    image_pull_policy: Option<PullPolicy>,
+    /// PersistentVolumeClaim with the packages that the repository serves, laid out as `onboardctl packages` lays them out.
+    /// Mounted read-only by all replicas; absent, as is --packages-image: the packages in the repository's own image.
+    #[arg(long, value_name = "CLAIM", conflicts_with = "packages_image")]
+    packages_claim: Option<String>,
+    /// Image that holds nothing but the packages, mounted as a volume (the cluster must have image volumes).
+    #[arg(long, value_name = "IMAGE")]
+    packages_image: Option<String>,
     /// Secret with which images are pulled; may be given several times.
     #[arg(long = "image-pull-secret", value_name = "NAME")]
     image_pull_secrets: Vec<String>,
@@ -62,6 +72,17 @@ pub struct Serve {
     log_format: LogFormat,
 }
 
+/// As Kubernetes names them.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum PullPolicy {
+    #[value(name = "Always")]
+    Always,
+    #[value(name = "IfNotPresent")]
+    IfNotPresent,
+    #[value(name = "Never")]
+    Never,
+}
+
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum LogFormat {
     Text,
@@ -76,6 +97,12 @@ impl Serve {
                 plane_image: self.plane_image.clone(),
                 repository_image: self.repository_image.clone(),
                 gateway_image: self.gateway_image.clone(),
+                pull_policy: self.image_pull_policy.map(|policy| format!("{policy:?}")),
+                packages: match (&self.packages_claim, &self.packages_image) {
+                    (Some(claim), _) => Packages::Claim(claim.clone()),
+                    (None, Some(image)) => Packages::Image(image.clone()),
+                    (None, None) => Packages::InRepositoryImage,
+                },
                 pull_secrets: self.image_pull_secrets.clone(),
                 replicas: (self.replicas, self.max_replicas),
                 cluster_domain: self.cluster_domain.clone(),

@@ -35,6 +35,9 @@ pub struct Settings {
     pub repository_image: String,
     /// `auto`: Istio's injection puts its own in.
     pub gateway_image: String,
+    /// `Always`, `IfNotPresent`, `Never`; absent: what Kubernetes makes of the tag.
+    pub pull_policy: Option<String>,
+    pub packages: Packages,
     /// Names of Secrets with which images are pulled.
     pub pull_secrets: Vec<String>,
     /// Of each Deployment: at least, and at most.
@@ -44,6 +47,17 @@ pub struct Settings {
     /// Which Istio the gateway belongs to; absent: the default one, else the first that there is.
     pub gateway_revision: Option<String>,
     pub version: String,
+}
+
+/// Where the repository's packages are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Packages {
+    /// In the image of the repository, where it looks by itself.
+    InRepositoryImage,
+    /// In a volume that somebody fills (a PersistentVolumeClaim's name).
+    Claim(String),
+    /// In an image of their own, mounted as a volume.
+    Image(String),
 }
 
 /// An istiod that there is.

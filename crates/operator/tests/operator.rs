@@ -266,6 +266,9 @@ fn each_account_can_do_what_it_needs_and_no_more() {
         "update secrets/onboarding-plane-token-keys -n istio-system",
         "create configmaps -n istio-system",
         "update leases -n istio-system",
+        // Owners whose deletion waits, where OwnerReferencesPermissionEnforcement is on, as in OpenShift.
+        "update workloadgroups --subresource=finalizers -n bookinfo",
+        "update workloadautoregistrations --subresource=finalizers -n bookinfo",
     ] {
         assert!(world.can(PLANE, what), "the plane can't {what}");
     }
@@ -304,6 +307,8 @@ fn each_account_can_do_what_it_needs_and_no_more() {
         assert!(!world.can(OPERATOR, what), "the operator can {what}");
     }
 
+    owners_whose_deletion_waits(&world);
+
     // What RBAC can't say.
     let refused = |who: &str, arguments: &str, words: &str| {
         let ended =
@@ -331,6 +336,33 @@ fn each_account_can_do_what_it_needs_and_no_more() {
     refused(OPERATOR, "create configmap onboarding-memory-2 -n istio-system", writes_none);
 }
 
+/// Under OwnerReferencesPermissionEnforcement the plane writes wars and entries as it does, and one who may only create them can't.
+fn owners_whose_deletion_waits(world: &World) {
+    world.cluster.apply("apiVersion: networking.istio.io/v1\nkind: WorkloadGroup\nmetadata: {name: ratings, namespace: bookinfo}\nspec: {template: {serviceAccount: ratings-vm}}\n---\napiVersion: rbac.authorization.k8s.io/v1\nkind: ClusterRole\nmetadata: {name: creates-wars}\nrules:\n- {apiGroups: [runtime.onboarding.tetrate.io], resources: [workloadautoregistrations], verbs: [get, create, patch]}\n").unwrap();
+    world.kubectl("create clusterrolebinding creates-wars --clusterrole=creates-wars --user=other");
+    let uid =
+        world.cluster.kubectl("get workloadgroup ratings -n bookinfo -o jsonpath={.metadata.uid}".split(' ')).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let create = |name: &str, owner: &str, who: &str| {
+        let identity = "{aws: {partition: aws, account: '123456789012', ecs: {iamRole: {name: ratings-role}}}}";
+        let war = format!(
+            "apiVersion: runtime.onboarding.tetrate.io/v1alpha1\nkind: WorkloadAutoRegistration\nmetadata:\n  name: {name}\n  namespace: bookinfo\n  ownerReferences: [{owner}]\nspec:\n  identity: {identity}\n  registration: {{host: {{addresses: [{{ip: 10.0.0.1, type: VPC}}]}}}}\n"
+        );
+        let file = directory.path().join(name);
+        std::fs::write(&file, war).unwrap();
+        world.cluster.try_kubectl(["create", &format!("--as={who}"), "-f", file.to_str().unwrap()]).unwrap()
+    };
+    let group = format!(
+        "{{apiVersion: networking.istio.io/v1, kind: WorkloadGroup, name: ratings, uid: {uid}, controller: true, blockOwnerDeletion: true}}"
+    );
+    let ended = create("ratings-1", &group, PLANE);
+    assert!(ended.status.success(), "{ended:?}");
+    let ended = create("ratings-2", &group, "other");
+    assert!(!ended.status.success() && ended.stderr.contains("cannot set blockOwnerDeletion"), "{ended:?}");
+    let ended = create("ratings-2", &group.replace("Deletion: true", "Deletion: false"), "other");
+    assert!(ended.status.success(), "{ended:?}");
+}
+
 #[test]
 fn the_chart_is_installed_upgraded_and_removed() {
     let world = World::new();
@@ -345,7 +377,9 @@ fn the_chart_is_installed_upgraded_and_removed() {
     assert_eq!(container("image"), "onboarding-operator:0.1.0");
 
     let values = ["--set", "images.operator=onboarding-operator:0.2.0", "--set", "gatewayRevision=canary"];
-    let more = ["--set", "images.pullSecrets={one}"];
+    let more = ["--set", "images.pullSecrets={one}", "--set", "images.pullPolicy=Always"];
+    let more = [&more[..], &["--set", "images.plane=registry.example/plane:2", "--set", "packages.claim=deb-and-rpm"]]
+        .concat();
     world.helm(&[&["upgrade", "onboarding", CHART][..], &values, &more].concat()).unwrap();
     assert_eq!(container("image"), "onboarding-operator:0.2.0");
     // What the chart gives, the program takes.
@@ -354,10 +388,23 @@ fn the_chart_is_installed_upgraded_and_removed() {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).filter(ours).collect();
     assert!(arguments.contains(&"--gateway-revision=canary"), "{arguments:?}");
     let operator = world.operator(&arguments);
-    world.apply_control_plane(ENABLED);
+    world.apply_control_plane(WITH_REPOSITORY);
     world.condition("ObjectsApplied", "Applied");
     let revision = r"get deployment vmgateway -o jsonpath={.spec.template.metadata.labels.istio\.io/rev}";
     assert_eq!(world.kubectl(revision), "canary");
+    let pod = |deployment: &str, field: &str| {
+        world.kubectl(&format!("get deployment {deployment} -o jsonpath={{.spec.template.spec.{field}}}"))
+    };
+    assert_eq!(pod("onboarding-plane", "containers[0].image"), "registry.example/plane:2");
+    assert_eq!(pod("onboarding-plane", "containers[0].imagePullPolicy"), "Always");
+    let claim = "volumes[*].persistentVolumeClaim.claimName";
+    assert_eq!(pod("onboarding-repository", claim), "deb-and-rpm");
+    drop(operator);
+    // An API server takes a volume that is an image.
+    let arguments: Vec<&str> = arguments.into_iter().filter(|it| !it.starts_with("--packages")).collect();
+    let operator = world.operator(&[&arguments[..], &["--packages-image=registry.example/packages:1"]].concat());
+    world.wait("--for=jsonpath={.spec.template.spec.volumes[1].image.reference}=registry.example/packages:1 deployment/onboarding-repository");
+    assert_eq!(pod("onboarding-repository", claim), "");
     drop(operator);
 
     world.helm(&["uninstall", "onboarding"]).unwrap();
@@ -382,6 +429,8 @@ fn the_chart_is_without_faults_for_any_of_its_values() {
     assert!(!less.contains("CustomResourceDefinition") && !less.contains("ValidatingAdmissionPolicy"), "{less}");
     for (values, words) in [
         (["--kube-version", "1.30.4"], "Kubernetes 1.31 or later is needed"),
+        (["--set", "packages.claim=a,packages.image=b"], "only one of them may be set"),
+        (["--set", "images.pullPolicy=always"], "must be Always, IfNotPresent or Never"),
         (["--set", "replicas.min=6"], "replicas.min (6) is more than replicas.max (5)"),
     ] {
         let error = helm.run(&[&["template", "onboarding", CHART][..], &values].concat()).unwrap_err().to_string();

@@ -203,6 +203,8 @@ impl Cluster {
             // istiod reviews the tokens of workloads for its own audience.
             "--api-audiences=https://kubernetes.default.svc,istio-ca".to_owned(),
             "--authorization-mode=RBAC".to_owned(),
+            // As OpenShift has it: who sets an owner whose deletion waits must be allowed to.
+            "--enable-admission-plugins=OwnerReferencesPermissionEnforcement".to_owned(),
             "--service-cluster-ip-range=10.96.0.0/16".to_owned(),
             "--profiling=false".to_owned(),
         ]);

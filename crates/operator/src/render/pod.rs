@@ -36,6 +36,9 @@ impl Objects<'_> {
             "readOnlyRootFilesystem": true,
             "runAsNonRoot": true,
         });
+        if let Some(policy) = &self.settings.pull_policy {
+            container["imagePullPolicy"] = policy.as_str().into();
+        }
         let spread = |key: &str| {
             json!({
                 "maxSkew": 1, "topologyKey": key, "whenUnsatisfiable": "ScheduleAnyway",

@@ -1,10 +1,12 @@
 //! The server of DEB and RPM packages. It asks nothing of the API server: its account has no permissions and its pod no token.
 
 use super::pod::Pod;
-use super::{ADMIN_PORT, HTTPS_PORT, HTTPS_TARGET_PORT, Objects, REPOSITORY, ingress_of_cluster};
+use super::{ADMIN_PORT, HTTPS_PORT, HTTPS_TARGET_PORT, Objects, Packages, REPOSITORY, ingress_of_cluster};
 use serde_json::{Value, json};
 
 const CERTIFICATE_DIRECTORY: &str = "/etc/onboarding-repository/tls";
+/// Where the repository looks by itself.
+const PACKAGES_DIRECTORY: &str = "/var/lib/onboarding-repository/packages";
 const GRACE_PERIOD: u32 = 60;
 
 pub(super) fn render(all: &Objects<'_>) -> Vec<Value> {
@@ -27,6 +29,15 @@ pub(super) fn render(all: &Objects<'_>) -> Vec<Value> {
 }
 
 fn deployment(all: &Objects<'_>) -> Value {
+    let mut mounts = vec![json!({"name": "certificate", "mountPath": CERTIFICATE_DIRECTORY, "readOnly": true})];
+    // The kubelet replaces the files when the Secret changes.
+    let secret = json!({"secretName": all.enabled.onboarding.secret_name, "defaultMode": 0o440});
+    let mut volumes = vec![json!({"name": "certificate", "secret": secret})];
+    if let Some(mut packages) = packages(all) {
+        mounts.push(json!({"name": "packages", "mountPath": PACKAGES_DIRECTORY, "readOnly": true}));
+        packages["name"] = "packages".into();
+        volumes.push(packages);
+    }
     let container = json!({
         "name": REPOSITORY,
         "image": all.settings.repository_image,
@@ -41,17 +52,27 @@ fn deployment(all: &Objects<'_>) -> Value {
             {"name": "http-admin", "containerPort": ADMIN_PORT, "protocol": "TCP"},
         ],
         "resources": {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"memory": "256Mi"}},
-        "volumeMounts": [{"name": "certificate", "mountPath": CERTIFICATE_DIRECTORY, "readOnly": true}],
+        "volumeMounts": mounts,
     });
-    // The kubelet replaces the files when the Secret changes.
-    let secret = json!({"secretName": all.enabled.onboarding.secret_name, "defaultMode": 0o440});
     all.our_deployment(Pod {
         name: REPOSITORY,
         labels: Vec::new(),
         annotations: Value::Null,
         container,
-        volumes: vec![json!({"name": "certificate", "secret": secret})],
+        volumes,
         needs_token: false,
         grace_period: GRACE_PERIOD,
+    })
+}
+
+/// The volume, but for its name.
+fn packages(all: &Objects<'_>) -> Option<Value> {
+    Some(match &all.settings.packages {
+        Packages::InRepositoryImage => return None,
+        Packages::Claim(claim) => json!({"persistentVolumeClaim": {"claimName": claim, "readOnly": true}}),
+        Packages::Image(image) => match &all.settings.pull_policy {
+            Some(policy) => json!({"image": {"reference": image, "pullPolicy": policy}}),
+            None => json!({"image": {"reference": image}}),
+        },
     })
 }

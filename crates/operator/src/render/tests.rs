@@ -20,6 +20,8 @@ fn settings() -> Settings {
         plane_image: "registry.example/onboarding-plane:1".to_owned(),
         repository_image: "registry.example/onboarding-repository:1".to_owned(),
         gateway_image: "auto".to_owned(),
+        pull_policy: None,
+        packages: Packages::InRepositoryImage,
         pull_secrets: Vec::new(),
         replicas: (2, 5),
         cluster_domain: "cluster.local".to_owned(),
@@ -97,6 +99,38 @@ fn the_gateway_belongs_to_a_revision_that_there_is() {
     let chosen = |revision: &str| Settings { gateway_revision: Some(revision.to_owned()), ..settings() };
     assert_eq!(label(&chosen("1-29"), revisions()), Some("1-29".into()));
     assert_eq!(label(&chosen("default"), revisions()), None);
+}
+
+#[test]
+fn the_repository_serves_from_its_image_a_claim_or_an_image_of_packages() {
+    let pod = |packages: Packages, pull_policy: Option<&str>| {
+        let settings = Settings { packages, pull_policy: pull_policy.map(str::to_owned), ..settings() };
+        let objects = rendered(WHOLE, &settings, &facts());
+        find(&objects, "Deployment", REPOSITORY)["spec"]["template"]["spec"].clone()
+    };
+    let of_packages = |pod: &Value| {
+        let mounts = pod["containers"][0]["volumeMounts"].as_array().unwrap();
+        let mounted: Vec<_> = mounts.iter().filter(|mount| mount["name"] == "packages").cloned().collect();
+        let volumes = pod["volumes"].as_array().unwrap();
+        (mounted, volumes.iter().find(|volume| volume["name"] == "packages").cloned())
+    };
+    let own = pod(Packages::InRepositoryImage, None);
+    assert_eq!(of_packages(&own), (Vec::new(), None));
+    assert_eq!(own["containers"][0].get("imagePullPolicy"), None);
+
+    let mount = json!({"name": "packages", "mountPath": "/var/lib/onboarding-repository/packages", "readOnly": true});
+    let claim = pod(Packages::Claim("onboarding-packages".to_owned()), Some("Always"));
+    let volume =
+        json!({"name": "packages", "persistentVolumeClaim": {"claimName": "onboarding-packages", "readOnly": true}});
+    assert_eq!(of_packages(&claim), (vec![mount.clone()], Some(volume)));
+    assert_eq!(claim["containers"][0]["imagePullPolicy"], "Always");
+
+    let image = |policy| pod(Packages::Image("registry.example/packages:1".to_owned()), policy);
+    let volume = json!({"name": "packages", "image": {"reference": "registry.example/packages:1"}});
+    assert_eq!(of_packages(&image(None)), (vec![mount.clone()], Some(volume)));
+    let volume =
+        json!({"name": "packages", "image": {"reference": "registry.example/packages:1", "pullPolicy": "Always"}});
+    assert_eq!(of_packages(&image(Some("Always"))), (vec![mount], Some(volume)));
 }
 
 #[test]

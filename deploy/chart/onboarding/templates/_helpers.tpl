@@ -32,4 +32,10 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- if gt (int .Values.replicas.min) (int .Values.replicas.max) }}
 {{- fail (printf "replicas.min (%d) is more than replicas.max (%d)" (int .Values.replicas.min) (int .Values.replicas.max)) }}
 {{- end }}
+{{- if and .Values.packages.claim .Values.packages.image }}
+{{- fail "packages.claim and packages.image: only one of them may be set" }}
+{{- end }}
+{{- if not (has .Values.images.pullPolicy (list "Always" "IfNotPresent" "Never")) }}
+{{- fail (printf "images.pullPolicy is %q, and must be Always, IfNotPresent or Never" .Values.images.pullPolicy) }}
+{{- end }}
 {{- end }}
