@@ -436,6 +436,13 @@ async fn what_is_in_the_way_is_said(cluster: &Cluster) {
     });
     let boot = next(&mut boots).await.unwrap();
     assert_eq!(istio(&boot).istiod_san, "istiod-canary.istio-system.svc");
+    // It goes, and comes back as it was: the agent hears that nothing is in the way any more, and nothing else.
+    let canary = provided.inputs.borrow().meshes.by_revision["canary"].clone();
+    provided.change(|inputs| drop(Arc::make_mut(&mut inputs.meshes).by_revision.remove("canary")));
+    next(&mut boots).await.unwrap_err();
+    provided.change(|inputs| drop(Arc::make_mut(&mut inputs.meshes).by_revision.insert("canary".to_owned(), canary)));
+    let again = next(&mut boots).await.unwrap();
+    assert!(again.version == boot.version && istio(&again).files.is_empty(), "{again:?}");
     assert_eq!(*provided.standings.0.lock().unwrap(), "NotApplied");
 
     // Not registered: until it is, without being told.

@@ -214,7 +214,11 @@ impl Follower {
         loop {
             let world = self.worlds.borrow_and_update().clone();
             match world.look(&self.name, self.had.as_ref()) {
-                Look::Same => {}
+                Look::Same => {
+                    if let (Some(_), Some(had)) = (self.problem.take(), &self.had) {
+                        return Some(Ok(nothing_new(had)));
+                    }
+                }
                 // A world may be a moment behind the registry.
                 Look::Gone => drop(self.registry.live(&self.name)?),
                 Look::Impossible(problem) => {
@@ -236,13 +240,13 @@ impl Follower {
 
     /// The difference to what the agent has; `None` where it has just this.
     fn give(&mut self, rendered: Rendered) -> Option<BootConfiguration> {
-        self.problem = None;
+        let was_told = self.problem.take().is_some();
         let held = match &self.had {
             Some(had) => had.version.clone(),
             None => std::mem::take(&mut self.held),
         };
         let boot = if held == rendered.version {
-            None
+            was_told.then(|| nothing_new(&rendered))
         } else {
             let base = self.had.take().or_else(|| self.history.find(&self.name, &held));
             let kind = if base.is_some() { "difference" } else { "complete" };
@@ -253,6 +257,11 @@ impl Follower {
         self.had = Some(rendered);
         boot
     }
+}
+
+/// An agent that was told of a problem hears that it is gone: a difference without any.
+fn nothing_new(rendered: &Rendered) -> BootConfiguration {
+    rendered.message(Some(rendered))
 }
 
 impl History {

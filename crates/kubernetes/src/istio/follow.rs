@@ -113,13 +113,19 @@ impl Follower {
             self.retry_at = None;
             let error = match self.look().await {
                 Ok(boot) => {
-                    if self.problem.take().is_some() {
+                    let was_told = self.problem.take().is_some();
+                    if was_told {
                         self.followed.no_problem();
                     }
                     self.backoff.reset();
-                    match boot {
-                        Some(boot) => return Some(Ok(boot)),
-                        None => continue,
+                    match (boot, &self.sent) {
+                        (Some(boot), _) => return Some(Ok(boot)),
+                        // Nothing is new: an agent that was told of the problem hears that it is gone.
+                        (None, Some(sent)) if was_told => {
+                            self.metrics.count_boot("token");
+                            return Some(Ok(render::token_alone(&sent.version, &sent.token)));
+                        }
+                        (None, _) => continue,
                     }
                 }
                 Err(Obstacle::Soon) => continue,
