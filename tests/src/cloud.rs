@@ -6,7 +6,7 @@ use onboarding_testkit::cms::RegionKey;
 use onboarding_testkit::netns::Machine;
 use onboarding_testkit::process::Process;
 use onboarding_testkit::sts::Cloud;
-use onboarding_testkit::{imds, oidc};
+use onboarding_testkit::{ecs, imds, oidc};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -61,6 +61,27 @@ impl World {
         };
         let config = imds::Config::new(&instance, &self.clouds.region, &self.clouds.aws)?;
         server(machine, "imds", &[], Some(serde_json::to_string(&config)?))
+    }
+
+    /// What ECS puts beside a task, at the real address, in this machine alone.
+    pub(crate) fn task_server(
+        &self,
+        machine: &Machine,
+        task: &str,
+        cluster: &str,
+        role: &str,
+    ) -> anyhow::Result<Process> {
+        let task = ecs::Task {
+            account: ACCOUNT.to_owned(),
+            region: REGION.to_owned(),
+            zone: format!("{REGION}b"),
+            cluster: cluster.to_owned(),
+            task_id: task.to_owned(),
+            role: Some(role.to_owned()),
+            address: machine.address().into(),
+        };
+        let config = ecs::Config::new(&task, &self.clouds.aws)?;
+        server(machine, "ecs", &[], Some(serde_json::to_string(&config)?))
     }
 
     /// A credential plugin as people write them: a shell script that fetches a token of the company's issuer for the audience

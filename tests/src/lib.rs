@@ -5,6 +5,8 @@
 
 mod cloud;
 pub mod guest;
+pub mod guest;
+pub mod image;
 pub mod forward;
 pub mod installed;
 pub mod mesh;

@@ -4,6 +4,7 @@ use crate::until::until;
 use crate::world::{ACCOUNT, ENDPOINT, REGION, World, binary, envoy, http_status};
 use anyhow::{Context, ensure};
 use onboarding_testkit::application::{Answer, Outcome};
+use onboarding_testkit::ecs;
 use onboarding_testkit::netns::Machine;
 use onboarding_testkit::process::{self, Process};
 use std::net::Ipv4Addr;
@@ -13,11 +14,16 @@ use std::time::{Duration, Instant};
 /// Where a metadata server of AWS listens.
 const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 
+/// Where ECS has the metadata of a task and its role's credentials.
+const TASK_METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 170, 2);
+
 /// What proves who a host is.
 #[derive(Debug, Clone)]
 pub enum Evidence {
     /// An EC2 instance of account 123456789012 in us-east-2.
     Ec2 { instance: String, zone: String, role: String },
+    /// A task of ECS of the same account; its agent finds that out by its environment.
+    Ecs { task: String, cluster: String, role: String },
     /// A host on premises, with a token of the company's issuer.
     Jwt { subject: String, region: String, role: String },
 }
@@ -27,6 +33,10 @@ impl Evidence {
     pub fn ec2(instance: &str, role: &str) -> Self {
         Self::Ec2 { instance: instance.to_owned(), zone: format!("{REGION}b"), role: role.to_owned() }
     }
+    /// In cluster `bookinfo`, in the same zone.
+    pub fn ecs(task: &str, role: &str) -> Self {
+        Self::Ecs { task: task.to_owned(), cluster: "bookinfo".to_owned(), role: role.to_owned() }
+    }
     /// A frontend of us-east, which the demo's policy admits.
     pub fn jwt(subject: &str) -> Self {
         Self::Jwt { subject: subject.to_owned(), region: "us-east".to_owned(), role: "app-productpage".to_owned() }
@@ -35,6 +45,7 @@ impl Evidence {
     pub fn registration(&self, group: &str) -> String {
         match self {
             Self::Ec2 { instance, zone, .. } => format!("{group}-aws-aws-{ACCOUNT}-{zone}-ec2-{instance}"),
+            Self::Ecs { task, cluster, .. } => format!("{group}-aws-aws-{ACCOUNT}-{REGION}b-ecs-{cluster}-{task}"),
             Self::Jwt { subject, .. } => format!("{group}-jwt-my-corp--{subject}"),
         }
     }
@@ -72,6 +83,11 @@ impl Vm {
                 let server = world.metadata_server(&vm.machine, &instance, &zone, &role)?;
                 vm.services.push(server);
                 "host:\n  aws:\n    ec2: {}\n".to_owned()
+            }
+            Evidence::Ecs { task, cluster, role } => {
+                vm.machine.add_loopback_address(TASK_METADATA)?;
+                vm.services.push(world.task_server(&vm.machine, &task, &cluster, &role)?);
+                "host:\n  auto: {}\n".to_owned()
             }
             Evidence::Jwt { subject, region, role } => {
                 let plugin = world.credential_plugin(&vm.machine, &subject, &region, &role)?;
@@ -147,8 +163,19 @@ impl Vm {
         command.arg("--agent-config").arg(self.file("agent.config.yaml"));
         command.arg("--state-dir").arg(self.state_dir());
         command.arg("--envoy-binary").arg(envoy()?);
-        command.env("ONBOARDING_AGENT_ROOT_CERTS", &self.root_certificates);
+        command.envs(self.environment());
         Ok(command)
+    }
+
+    /// What the agent is told by its environment: the CA, and by ECS where its endpoints are.
+    pub fn environment(&self) -> Vec<(&'static str, String)> {
+        let mut all = vec![("ONBOARDING_AGENT_ROOT_CERTS", self.root_certificates.clone())];
+        if matches!(self.evidence, Evidence::Ecs { .. }) {
+            let metadata = format!("http://{TASK_METADATA}{}", ecs::METADATA_PATH);
+            all.push(("ECS_CONTAINER_METADATA_URI_V4", metadata));
+            all.push(("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", ecs::CREDENTIALS_PATH.to_owned()));
+        }
+        all
     }
 
     pub fn start_agent(&mut self) -> anyhow::Result<()> {
@@ -202,8 +229,14 @@ impl Vm {
         self.machine.power_off()?;
         (self.agent, self.application) = (None, None);
         self.services.clear();
-        if let Evidence::Ec2 { instance, zone, role } = &self.evidence {
-            self.services.push(world.metadata_server(&self.machine, instance, zone, role)?);
+        match &self.evidence {
+            Evidence::Ec2 { instance, zone, role } => {
+                self.services.push(world.metadata_server(&self.machine, instance, zone, role)?);
+            }
+            Evidence::Ecs { task, cluster, role } => {
+                self.services.push(world.task_server(&self.machine, task, cluster, role)?);
+            }
+            Evidence::Jwt { .. } => {}
         }
         self.start_application()
     }

@@ -262,7 +262,7 @@ impl World {
     }
 
     /// The plane's, for clouds that aren't the real ones.
-    fn cloud_flags(&self) -> Vec<String> {
+    pub fn cloud_flags(&self) -> Vec<String> {
         let file = |path: PathBuf| path.display().to_string();
         [
             ("--aws-sts-endpoint", format!("http://{}:8081", self.cloud.address())),

@@ -25,7 +25,10 @@ fn no_manifest_has_a_fault() {
 
 /// Under these policies of `examples/`, and its group.
 fn explain(identity: &str, policies: &[&str]) -> Ended {
-    let files = policies.iter().map(|name| format!("examples/onboardingpolicy-{name}.yaml"));
+    let files = policies.iter().map(|name| match *name {
+        "ecs" => "examples/ecs/onboardingpolicy.yaml".to_owned(),
+        name => format!("examples/onboardingpolicy-{name}.yaml"),
+    });
     let files: Vec<String> =
         files.chain(["examples/workloadgroup.yaml".to_owned()]).map(|file| shipped(&file)).collect();
     let mut arguments = vec!["explain", "-f"];
@@ -44,12 +47,17 @@ type Wanted = Result<&'static str, &'static [&'static str]>;
 
 #[test]
 fn every_identity_is_decided_upon() {
-    let some: [(&str, &[&str], Wanted); 8] = [
+    let some: [(&str, &[&str], Wanted); 9] = [
         ("ec2.yaml", &["narrow", "jwt"], Ok(NARROW)),
         ("ec2.yaml", &["jwt"], Err(&["is \"aws\", wanted an identity by JWT"])),
         ("ec2-role-claimed.yaml", &["narrow"], Err(&["\"ratings-role\" is only claimed, not proven"])),
         ("ec2-role-claimed.yaml", &["narrow", "wide"], Ok(WIDE)),
-        ("ecs.yaml", &["narrow", "wide"], Err(&["an ECS task", "\"ca-central-1\", wanted \"us-east-2\""])),
+        (
+            "ecs.yaml",
+            &["narrow", "wide"],
+            Err(&["an ECS task", "\"ca-central-1\" is only claimed, not proven, wanted \"us-east-2\""]),
+        ),
+        ("ecs.yaml", &["ecs"], Err(&["is \"example-role\", wanted \"ratings-role\""])),
         ("jwt.yaml", &["narrow", "jwt"], Ok(JWT)),
         ("gcp.yaml", &["wide", "jwt"], Err(&["is \"gcp\", wanted an AWS", "is \"gcp\", wanted an identity by JWT"])),
         (
