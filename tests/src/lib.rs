@@ -4,10 +4,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, reason = "all of it is tests")]
 
 mod cloud;
-pub mod guest;
+pub mod forward;
 pub mod guest;
 pub mod image;
-pub mod forward;
 pub mod installed;
 pub mod mesh;
 pub mod node;
