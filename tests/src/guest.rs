@@ -38,6 +38,8 @@ impl Guest {
         let machine = world.lab().machine(name, host)?;
         let folder = machine.directory().to_owned();
         for part in ["upper", "work", "root"] {
+            // A machine of this name may have been there before.
+            let _ = std::fs::remove_dir_all(folder.join(part));
             std::fs::create_dir_all(folder.join(part))?;
         }
         let layers = format!(

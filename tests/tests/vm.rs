@@ -72,8 +72,10 @@ fn onboard(world: &mut World) -> anyhow::Result<Vm> {
 
 fn join(world: &mut World, guest: &Guest) -> anyhow::Result<()> {
     for package in ["istio-sidecar", "onboarding-agent"] {
-        let said = guest.sh(&requirement(package))?;
+        let [download, install] = requirement(package);
+        let said = guest.sh(&download)?;
         ensure!(said.contains(&format!("{package}.deb: OK")), "{said}");
+        guest.sh(&install)?;
     }
     ensure!(guest.sh("ls /root")?.is_empty(), "the downloads are still there");
     ensure!(guest.try_sh("systemctl is-enabled onboarding-agent")?.stdout.trim() == "disabled", "enabled by itself");
@@ -119,15 +121,19 @@ host:
 ";
 
 /// Its words, with the host's name in the place of `<onboarding-endpoint-dns-name>`.
-fn requirement(package: &str) -> String {
-    format!(
+fn requirement(package: &str) -> [String; 2] {
+    let download = format!(
         r#"set -e; cd /root
 curl -fLO "https://{ENDPOINT}/install/deb/amd64/{package}.deb"
 curl -fLO "https://{ENDPOINT}/install/deb/amd64/{package}.deb.sha256"
-sha256sum --check {package}.deb.sha256
+sha256sum --check {package}.deb.sha256"#
+    );
+    let install = format!(
+        r#"set -e; cd /root
 sudo apt-get install -y ./{package}.deb
 rm {package}.deb {package}.deb.sha256"#
-    )
+    );
+    [download, install]
 }
 
 /// Started as it is installed, it says what is to be edited, and stays down.
@@ -207,13 +213,15 @@ fn upgraded(world: &mut World) -> anyhow::Result<()> {
         for package in ["onboarding-agent", "istio-sidecar"] {
             let old = guest.sh("systemctl show -p MainPID --value onboarding-agent")?;
             publish_newer(world, package)?;
-            let load = pair.ratings.load(SERVICE, "/slow?ms=20", 100)?;
+            let [download, install] = requirement(package);
+            guest.sh(&download)?;
+            let load = pair.ratings.load(SERVICE, "/slow?ms=20", 50)?;
             until("the VM serves", Duration::from_secs(10), || {
                 let count: u64 = guest.sh("curl -fsS -m 5 http://127.0.0.1:8080/count")?.trim().parse()?;
                 ensure!(count > 20, "{count} requests");
                 Ok(())
             })?;
-            guest.sh(&requirement(package))?;
+            guest.sh(&install)?;
             let version = guest.sh(&format!("dpkg-query -W -f '${{Version}}' {package}"))?;
             ensure!(version.ends_with("+next"), "{version}");
             ensure!(
