@@ -33,6 +33,7 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
         .collect::<anyhow::Result<_>>()?;
     let fsyncs: Vec<f64> =
         machine::fsync(&bench.directory, bench.count(5, 200))?.into_iter().map(|it| it * 1e3).collect();
+    #[allow(clippy::type_complexity, reason = "four rows of a table")]
     let parts: [(&str, fn(&Cryptography) -> f64); 4] = [
         ("TLS 1.3 handshake, server", |it| it.handshake),
         ("P-256 verification (two of a join)", |it| it.verify),
@@ -104,6 +105,7 @@ async fn closed(plane: &Plane) -> anyhow::Result<()> {
 }
 
 /// Joins a second, CPU and p99 of SPIRE and step-ca at these numbers of clients.
+#[allow(clippy::type_complexity, reason = "a table's rows: who, joins a second, CPU, p99")]
 fn peers(level: usize) -> Option<[(&'static str, f64, f64, Option<f64>); 2]> {
     const SPIRE: &str = "SPIRE 1.13.3 (x509pop, SQLite)";
     const STEP: &str = "step-ca 0.30.2 (AWS document, badger)";
