@@ -100,7 +100,13 @@ impl World {
     }
 
     /// Its text. `ca`: of the issuer's certificate; the system's trust store where there is none.
-    pub(crate) fn credential_plugin_script(&self, ca: Option<&Path>, subject: &str, region: &str, role: &str) -> String {
+    pub(crate) fn credential_plugin_script(
+        &self,
+        ca: Option<&Path>,
+        subject: &str,
+        region: &str,
+        role: &str,
+    ) -> String {
         format!(
             r#"#!/bin/sh
 # GetCredential: reads {{"audience": "<plane UID>"}}, answers with a credential.

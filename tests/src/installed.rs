@@ -106,7 +106,7 @@ impl Installed {
         })
         .with_context(|| {
             let there = self.kubectl(&["get", "pods,events", "-n", namespace]).unwrap_or_default();
-            format!("in the namespace is:\n{there}processes run of: {:?}", self.node.pods())
+            format!("in the namespace is:\n{there}the node {}, and has {:?}", self.node.doing(), self.node.pods())
         })?
     }
 

@@ -55,6 +55,18 @@ impl Mesh {
         Ok(serde_json::from_str(&text)?)
     }
 
+    /// These planes are ready, as the EndpointSlice of their Service would say.
+    pub fn route_to_planes(&self, planes: &[Ipv4Addr]) -> anyhow::Result<()> {
+        let endpoints: Vec<_> = planes
+            .iter()
+            .map(|plane| serde_json::json!({"addresses": [plane], "conditions": {"ready": true}}))
+            .collect();
+        let patch = serde_json::json!({ "endpoints": endpoints }).to_string();
+        let patch =
+            ["patch", "endpointslice", "onboarding-plane-test", "-n", "istio-system", "--type=merge", "-p", &patch];
+        self.cluster.kubectl(patch).map(drop)
+    }
+
     pub fn gateway_log(&self) -> String {
         self.gateway_process.tail()
     }

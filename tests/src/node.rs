@@ -57,6 +57,7 @@ pub struct Options {
 pub struct Node {
     stop: Arc<AtomicBool>,
     shown: Shown,
+    doing: Arc<Mutex<(String, Instant)>>,
     balancer: Arc<Balancer>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
@@ -86,6 +87,7 @@ impl Node {
         ip.args(["addr", "add", &format!("{BALANCER}/32"), "dev", BRIDGE]);
         process::output(ip, Duration::from_secs(10))?;
         let (stop, shown, balancer) = (Arc::default(), Shown::default(), Arc::new(Balancer::default()));
+        let doing = Arc::new(Mutex::new(("starts".to_owned(), Instant::now())));
         let worker = Worker {
             files: tempfile::tempdir()?,
             envoy: envoy()?,
@@ -93,16 +95,23 @@ impl Node {
             pods: BTreeMap::new(),
             next_host: FIRST_HOST,
             shown: Arc::clone(&shown),
+            doing: Arc::clone(&doing),
             balancer: Arc::clone(&balancer),
             stop: Arc::clone(&stop),
         };
         let thread = std::thread::Builder::new().name("node".to_owned()).spawn(move || worker.run())?;
-        Ok(Self { stop, shown, balancer, thread: Some(thread) })
+        Ok(Self { stop, shown, doing, balancer, thread: Some(thread) })
     }
 
     /// Where `vmgateway` is reached from outside, as `.status.loadBalancer` of its Service says.
     pub fn way_in(&self) -> Ipv4Addr {
         BALANCER
+    }
+
+    /// What it is at, and since when: for an error message.
+    pub fn doing(&self) -> String {
+        let doing = lock(&self.doing);
+        format!("{}, for {:?}", doing.0, doing.1.elapsed())
     }
 
     pub fn pods(&self) -> Vec<Running> {
@@ -157,6 +166,7 @@ struct Worker {
     pods: BTreeMap<String, Pod>,
     next_host: u8,
     shown: Shown,
+    doing: Arc<Mutex<(String, Instant)>>,
     balancer: Arc<Balancer>,
     stop: Arc<AtomicBool>,
 }
@@ -193,6 +203,7 @@ impl Worker {
 
     /// Until the watch ends.
     fn watch(&mut self) -> anyhow::Result<()> {
+        self.at("lists pods");
         let uids = self.options.cluster.kubectl(["get", "pods", "-A", "-o", "jsonpath={.items[*].metadata.uid}"])?;
         let there: Vec<&str> = uids.split(' ').collect();
         self.pods.retain(|uid, _| there.contains(&uid.as_str()));
@@ -210,11 +221,13 @@ impl Worker {
         let out = watch.stdout.take().context("the output of kubectl")?;
         std::thread::Builder::new().name("node: watch".to_owned()).spawn(move || read(out, &events))?;
         self.follow(&queue);
+        self.at("ends a watch");
         end(&mut watch)
     }
 
     fn follow(&mut self, queue: &Receiver<Event>) {
         while !self.stop.load(Ordering::Relaxed) {
+            self.at("watches pods");
             match queue.recv_timeout(TICK) {
                 Ok(Event::Changed(event)) => {
                     if let Err(error) = self.changed(&event) {
@@ -256,6 +269,7 @@ impl Worker {
         let Some(program) = program(image) else { return Ok(None) };
         let text = |value: &Value| value.as_str().map(str::to_owned).context("a pod without a name");
         let (namespace, name) = (text(&pod["metadata"]["namespace"])?, text(&pod["metadata"]["name"])?);
+        self.at(&format!("binds {name}"));
         if pod["spec"]["nodeName"].is_null() {
             let binding = json!({
                 "apiVersion": "v1", "kind": "Binding", "metadata": {"name": name, "namespace": namespace},
@@ -263,7 +277,9 @@ impl Worker {
             });
             self.raw("create", &format!("/api/v1/namespaces/{namespace}/pods/{name}/binding"), &binding)?;
         }
+        self.at(&format!("makes a machine for {name}"));
         let machine = self.machine(pod, &namespace)?;
+        self.at(&format!("starts {name}"));
         let process = self.process(pod, program, &machine, &name)?;
         let running = Running {
             log: log(&machine, program),
@@ -369,6 +385,7 @@ impl Worker {
         let uids: Vec<String> = self.pods.keys().cloned().collect();
         for uid in uids {
             let Some(mut pod) = self.pods.remove(&uid) else { continue };
+            self.at(&format!("looks after {}", pod.running.name));
             match self.look_after(&mut pod) {
                 Ok(true) => gone.push(pod),
                 Ok(false) => drop(self.pods.insert(uid, pod)),
@@ -473,6 +490,13 @@ impl Worker {
         write!(file, "{body}")?;
         let file = file.path().to_str().context("a path that isn't text")?;
         self.options.cluster.kubectl([verb, "--raw", path, "-f", file]).map(drop)
+    }
+
+    fn at(&self, what: &str) {
+        let mut doing = lock(&self.doing);
+        if doing.0 != what {
+            *doing = (what.to_owned(), Instant::now());
+        }
     }
 
     fn say(&self, what: &str) {

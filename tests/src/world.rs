@@ -14,6 +14,7 @@ use onboarding_testkit::process::{self, Process};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 /// The plane's name in `demo/manifests/controlplane.yaml`.
@@ -240,7 +241,22 @@ impl World {
 
     /// Starts the plane, without waiting.
     pub fn launch_plane(&mut self) -> anyhow::Result<()> {
-        let mut command = self.plane_machine.command(binary("onboarding-plane")?);
+        let audit_log = self.audit_log();
+        let command = self.plane_command(&self.plane_machine, "onboarding-plane-0", &audit_log)?;
+        let log = self.lab.directory().join("plane.log");
+        self.plane = Some(Process::start("plane", command, Some(&log))?);
+        Ok(())
+    }
+
+    /// Starts one more replica of a cluster's plane on a machine of its own; its log is `plane.log` there.
+    pub fn launch_replica(&self, machine: &Machine, replica: &str) -> anyhow::Result<Process> {
+        ensure!(self.mesh.is_some(), "a plane that stands alone has no replicas");
+        let command = self.plane_command(machine, replica, &machine.directory().join("audit.log"))?;
+        Process::start(replica, command, Some(&machine.directory().join("plane.log")))
+    }
+
+    fn plane_command(&self, machine: &Machine, replica: &str, audit_log: &Path) -> anyhow::Result<Command> {
+        let mut command = machine.command(binary("onboarding-plane")?);
         match &self.mesh {
             None => {
                 command.arg("standalone");
@@ -248,17 +264,15 @@ impl World {
                 command.arg("--data-dir").arg(self.data_dir());
             }
             Some(mesh) => {
-                command.args(["kubernetes", "--replica", "onboarding-plane-0", "--kubeconfig"]);
+                command.args(["kubernetes", "--replica", replica, "--kubeconfig"]);
                 command.arg(mesh.cluster.kubeconfig());
             }
         }
         command.args(["--listen", "0.0.0.0:15443", "--admin-listen", ADMIN]);
         command.args(self.cloud_flags());
-        command.arg("--audit-log").arg(self.audit_log());
+        command.arg("--audit-log").arg(audit_log);
         command.args(&self.setup.plane_flags);
-        let log = self.lab.directory().join("plane.log");
-        self.plane = Some(Process::start("plane", command, Some(&log))?);
-        Ok(())
+        Ok(command)
     }
 
     /// The plane's, for clouds that aren't the real ones.
@@ -293,7 +307,12 @@ impl World {
 
     /// Status and body of a path on the plane's admin address.
     pub fn admin(&self, path: &str) -> anyhow::Result<(u16, String)> {
-        http_status(&self.plane_machine, &format!("http://{ADMIN}{path}"))
+        self.admin_of(&self.plane_machine, path)
+    }
+
+    /// The same of the replica on this machine.
+    pub fn admin_of(&self, machine: &Machine, path: &str) -> anyhow::Result<(u16, String)> {
+        http_status(machine, &format!("http://{ADMIN}{path}"))
     }
 
     /// The value of a metric, the sum over its labels; 0 where it isn't there yet.
@@ -393,11 +412,17 @@ impl World {
         Ok(())
     }
 
-    /// Of the plane and of every agent that there was; not all need exist.
+    /// Of every plane and every agent that there was.
     fn logs(&self) -> Vec<PathBuf> {
         let machines = std::fs::read_dir(self.lab.directory().join("machines")).into_iter().flatten().flatten();
-        let agents = machines.map(|machine| machine.path().join("agent.log"));
-        agents.chain([self.lab.directory().join("plane.log")]).collect()
+        let of_machines = machines.flat_map(|machine| {
+            ["agent.log", "plane.log", "onboarding-plane.log", "onboarding-operator.log", "onboarding-repository.log"]
+                .map(|log| machine.path().join(log))
+        });
+        of_machines
+            .filter(|log| log.exists())
+            .chain(["plane.log", "node.log"].map(|log| self.lab.directory().join(log)))
+            .collect()
     }
 
     /// For the message of a failed scenario: what everybody said last, VMs that are gone included.
@@ -474,6 +499,6 @@ pub fn envoy() -> anyhow::Result<PathBuf> {
         return Ok(path.into());
     }
     let script = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../dev/envoy"));
-    let path = process::output(std::process::Command::new(script), Duration::from_secs(120))?;
+    let path = process::output(Command::new(script), Duration::from_secs(120))?;
     Ok(path.trim().into())
 }

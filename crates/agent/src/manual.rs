@@ -14,10 +14,8 @@ const TITLE: &[u8] = br#".ie \n(.g .ds Aq \(aq
 pub fn print(out: &mut impl Write) -> io::Result<()> {
     let mut command = Cli::command();
     command.build();
-    // Without a date: the same input is the same page.
-    let page =
-        clap_mangen::Man::new(command.clone()).section("8").source("Workload Onboarding").manual("Workload Onboarding");
-    page.render_title(out)?;
+    let page = clap_mangen::Man::new(command.clone());
+    out.write_all(TITLE)?;
     page.render_name_section(out)?;
     page.render_synopsis_section(out)?;
     page.render_description_section(out)?;

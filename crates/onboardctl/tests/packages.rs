@@ -77,8 +77,9 @@ fn what_is_built_is_indexed_listed_verified_and_removed() {
 
     // As gpgv has it, which knows nothing of ours.
     let keyring = dir.path("keyring.gpg");
-    let dearmor = Command::new("gpg").args(["--dearmor", "-o"]).arg(&keyring).arg(dir.path("packages/onboarding.asc"));
-    let dearmored = { dearmor }.env("GNUPGHOME", dir.path("")).output().unwrap();
+    let mut dearmor = Command::new("gpg");
+    dearmor.args(["--dearmor", "-o"]).arg(&keyring).arg(dir.path("packages/onboarding.asc"));
+    let dearmored = dearmor.env("GNUPGHOME", dir.path("")).output().unwrap();
     assert!(dearmored.status.success(), "{dearmored:?}");
     for signed in [
         &["apt/dists/stable/InRelease"] as &[&str],

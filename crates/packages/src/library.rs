@@ -82,7 +82,7 @@ impl Library {
             staged.push((self.directory.join(package.to_string()), self.stage(bytes)?));
         }
         for (path, file) in staged {
-            self.into_place(file, &path)?;
+            self.put_in_place(file, &path)?;
         }
         Ok(())
     }
@@ -90,7 +90,7 @@ impl Library {
     /// One file, at a path below the directory.
     pub(crate) fn write(&self, path: &str, bytes: &[u8]) -> Result<(), Error> {
         let file = self.stage(bytes)?;
-        self.into_place(file, &self.directory.join(path))
+        self.put_in_place(file, &self.directory.join(path))
     }
 
     /// The same, with a time in seconds since 1970 by which a client sees that it is another (`If-Modified-Since`).
@@ -98,7 +98,7 @@ impl Library {
         let file = self.stage(bytes)?;
         let modified = SystemTime::UNIX_EPOCH + Duration::from_secs(time.into());
         file.as_file().set_modified(modified).map_err(at("writing into", &self.directory))?;
-        self.into_place(file, &self.directory.join(path))
+        self.put_in_place(file, &self.directory.join(path))
     }
 
     fn stage(&self, bytes: &[u8]) -> Result<NamedTempFile, Error> {
@@ -114,7 +114,7 @@ impl Library {
         staged().map_err(doing)
     }
 
-    fn into_place(&self, file: NamedTempFile, path: &Path) -> Result<(), Error> {
+    fn put_in_place(&self, file: NamedTempFile, path: &Path) -> Result<(), Error> {
         self.make_directory_of(path)?;
         file.persist(path).map_err(|error| at("renaming to", path)(error.error))?;
         synced(path)
@@ -153,11 +153,14 @@ fn synced(path: &Path) -> Result<(), Error> {
     File::open(directory).and_then(|directory| directory.sync_all()).map_err(at("syncing", directory))
 }
 
+/// A package, and its file if that is a whole one.
+pub type Found = (Package, Result<File, archive::Fault>);
+
 /// Every package that there could be and is, in the order of the URIs; and whether it is a whole one.
 ///
 /// # Errors
 /// The directory can't be read.
-pub fn packages(directory: &Path) -> Result<Vec<(Package, Result<File, archive::Fault>)>, Error> {
+pub fn packages(directory: &Path) -> Result<Vec<Found>, Error> {
     let mut products = vec![Product::Agent, Product::Sidecar(None)];
     products.extend(revisions(directory)?.into_iter().map(|revision| Product::Sidecar(Some(revision))));
     let mut found = Vec::new();

@@ -159,7 +159,7 @@ fn write_primary(text: &mut String, listed: &Listed<'_>, metadata: &PackageMetad
         or_nothing(metadata.get_url()),
         listed.length,
         metadata.get_installed_size().unwrap_or(0),
-        escape(&location(listed.described, listed.digest)),
+        escape(location(listed.described, listed.digest)),
         or_nothing(metadata.get_license()),
         or_nothing(metadata.get_vendor()),
         or_nothing(metadata.get_group()),

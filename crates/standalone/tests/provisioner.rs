@@ -141,7 +141,10 @@ async fn an_agent_is_sent_all_then_what_changes_then_the_end() {
     let changed = &envoy(&fourth).changed[0];
     let inserted: Vec<u8> = changed.splices.iter().flat_map(|splice| splice.insert.clone()).collect();
     assert!(String::from_utf8_lossy(&inserted).contains("\"load_balancing_weight\":7"), "{fourth:?}");
-    assert!(changed.json.is_empty() && envoy(&fourth).host_aliases_kept && fourth.host_aliases.is_empty(), "{fourth:?}");
+    assert!(
+        changed.json.is_empty() && envoy(&fourth).host_aliases_kept && fourth.host_aliases.is_empty(),
+        "{fourth:?}"
+    );
 
     // It leaves.
     plane.store("ratings", "vm1", &State::Absent).await;

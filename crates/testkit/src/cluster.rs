@@ -256,8 +256,7 @@ impl Cluster {
     /// Starts istiod on this cluster, which needs Istio's CRDs, and waits until it is ready (3 s). `mesh`: its mesh configuration, YAML,
     /// which is also put into the ConfigMap `istio`.
     pub fn start_istiod(&self, mesh: &str) -> anyhow::Result<Istiod> {
-        let file = self.path("mesh.yaml");
-        std::fs::write(&file, mesh)?;
+        std::fs::write(self.path("mesh.yaml"), mesh)?;
         if !self.try_kubectl(["get", "namespace", ISTIO_SYSTEM])?.status.success() {
             self.kubectl(["create", "namespace", ISTIO_SYSTEM])?;
         }
@@ -267,13 +266,24 @@ impl Cluster {
         ))?;
         let address = self.options.address;
         let http = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), free_port(address)?.port());
-        let istiod = Istiod { secure: free_port(address)?, http };
-        let (https, monitoring) = (free_port(address)?, free_port(address)?);
+        self.run_istiod(Istiod { secure: free_port(address)?, http })
+    }
+
+    /// Kills it (SIGKILL) and starts it anew, at the same addresses, as behind its Service; `meanwhile` is called while there is none.
+    pub fn restart_istiod(&self, meanwhile: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+        let (process, istiod) = self.lock().istiod.take().context("istiod isn't running")?;
+        process.kill();
+        meanwhile()?;
+        self.run_istiod(istiod).map(drop)
+    }
+
+    fn run_istiod(&self, istiod: Istiod) -> anyhow::Result<Istiod> {
+        let (https, monitoring) = (free_port(self.options.address)?, free_port(self.options.address)?);
         let mut command = (self.options.command)(&self.binary("pilot-discovery"));
         command
             .arg("discovery")
             .arg(format!("--kubeconfig={}", self.kubeconfig().display()))
-            .arg(format!("--meshConfig={}", file.display()))
+            .arg(format!("--meshConfig={}", self.path("mesh.yaml").display()))
             .arg(format!("--secureGRPCAddr={}", istiod.secure))
             .arg(format!("--httpAddr={}", istiod.http))
             .arg(format!("--httpsAddr={https}"))

@@ -44,6 +44,16 @@ pub fn client_config(roots: &str, versions: &[&'static rustls::SupportedProtocol
 
 /// A connection of its own.
 pub async fn connect(address: SocketAddr, host: &'static str, tls: Arc<rustls::ClientConfig>, key: Key) -> Agent {
+    dial(address, host, tls, key).await.unwrap()
+}
+
+/// The same where nobody may be there.
+pub async fn dial(
+    address: SocketAddr,
+    host: &'static str,
+    tls: Arc<rustls::ClientConfig>,
+    key: Key,
+) -> Result<Agent, tonic::transport::Error> {
     let connector = tower::service_fn(move |_: http::Uri| {
         let tls = tls.clone();
         async move {
@@ -56,9 +66,8 @@ pub async fn connect(address: SocketAddr, host: &'static str, tls: Arc<rustls::C
     let channel = tonic::transport::Endpoint::from_shared(format!("https://{host}:15443"))
         .unwrap()
         .connect_with_connector(connector)
-        .await
-        .unwrap();
-    Agent { channel, key, token: String::new() }
+        .await?;
+    Ok(Agent { channel, key, token: String::new() })
 }
 
 #[derive(Clone)]
@@ -95,12 +104,20 @@ pub struct Session {
 
 impl Agent {
     pub async fn discover(&self) -> pb::DiscoverResponse {
-        DiscoveryServiceClient::new(self.channel.clone()).discover(pb::DiscoverRequest {}).await.unwrap().into_inner()
+        self.try_discover().await.unwrap()
+    }
+
+    pub async fn try_discover(&self) -> Result<pb::DiscoverResponse, Status> {
+        let mut client = DiscoveryServiceClient::new(self.channel.clone());
+        client.discover(pb::DiscoverRequest {}).await.map(tonic::Response::into_inner)
     }
 
     /// What a well-behaved agent would send.
     pub async fn request(&self, jwt: &str) -> pb::AuthorizeOnboardingRequest {
-        let discovered = self.discover().await;
+        self.request_after(&self.discover().await, jwt)
+    }
+
+    pub fn request_after(&self, discovered: &pb::DiscoverResponse, jwt: &str) -> pb::AuthorizeOnboardingRequest {
         let value = pb::JwtCredential { token: jwt.to_owned() }.encode_to_vec();
         let (namespace, name) = GROUP;
         let group = format!("{namespace}/{name}");
@@ -185,7 +202,10 @@ impl Agent {
 
     /// A proof over a fresh challenge for the use of the token.
     pub async fn token_proof(&self) -> pb::KeyProof {
-        let discovered = self.discover().await;
+        self.token_proof_after(&self.discover().await)
+    }
+
+    pub fn token_proof_after(&self, discovered: &pb::DiscoverResponse) -> pb::KeyProof {
         self.key.proof(&discovered.plane_uid, &discovered.challenge, Purpose::UseToken { token: &self.token })
     }
 }

@@ -19,7 +19,9 @@ use tokio::time::Instant;
 
 /// Requests at the same time.
 const AT_ONCE: usize = 32;
-/// Of these, at most so many that no agent waits for.
+/// Of these, at most so many that no agent waits for. Together they leave some to those who join, however many registrations are lost or
+/// end at the same time.
+const RECORDS_AT_ONCE: usize = 12;
 const UPKEEP_AT_ONCE: usize = 8;
 /// One try.
 const TRY: Duration = Duration::from_secs(5);
@@ -33,6 +35,8 @@ const LONGEST_DELAY: Duration = Duration::from_secs(2);
 pub(crate) enum Urgency {
     /// An agent waits for it.
     Join,
+    /// What became of a registration whose agent isn't there, or goes on meanwhile.
+    Record,
     /// Entries, conditions, what is left of a registration that ended.
     Upkeep,
 }
@@ -61,6 +65,7 @@ pub(crate) struct Requests {
     client: Client,
     namespace: String,
     all: Semaphore,
+    records: Semaphore,
     upkeep: Semaphore,
     counted: Family<Request, Counter>,
 }
@@ -69,8 +74,8 @@ impl Requests {
     pub(crate) fn new(client: Client, namespace: String, metrics: &mut prometheus_client::registry::Registry) -> Self {
         let counted = Family::<Request, Counter>::default();
         metrics.register("api_requests", "Requests of the registry to the API server, by outcome", counted.clone());
-        let (all, upkeep) = (Semaphore::new(AT_ONCE), Semaphore::new(UPKEEP_AT_ONCE));
-        Self { client, namespace, all, upkeep, counted }
+        let [all, records, upkeep] = [AT_ONCE, RECORDS_AT_ONCE, UPKEEP_AT_ONCE].map(Semaphore::new);
+        Self { client, namespace, all, records, upkeep, counted }
     }
 
     pub(crate) fn wars(&self) -> Api<DynamicObject> {
@@ -226,13 +231,14 @@ impl Requests {
     ) -> Result<T, CallError> {
         let within = match urgency {
             Urgency::Join => JOIN_WITHIN,
-            Urgency::Upkeep => UPKEEP_WITHIN,
+            Urgency::Record | Urgency::Upkeep => UPKEEP_WITHIN,
         };
         let deadline = Instant::now() + within;
         let result = tokio::time::timeout_at(deadline, async {
-            // First in, first out: an agent waits behind at most this much upkeep.
-            let _upkeep = match urgency {
+            // First in, first out: an agent waits behind at most this much of the rest.
+            let _turn = match urgency {
                 Urgency::Join => None,
+                Urgency::Record => self.records.acquire().await.ok(),
                 Urgency::Upkeep => self.upkeep.acquire().await.ok(),
             };
             let mut backoff = Backoff::new(FIRST_DELAY, LONGEST_DELAY);

@@ -229,7 +229,7 @@ impl Cache {
     }
 }
 
-/// Names that wait for one listener; each at most once, first come, first served.
+/// Names that wait for one listener; each at most once, first come, first served, but for those that are added first.
 #[derive(Debug, Default)]
 pub(crate) struct Names {
     waiting: Mutex<Waiting>,
@@ -249,6 +249,17 @@ impl Names {
             if waiting.names.insert(name.clone()) {
                 waiting.order.push_back(name);
             }
+        }
+        self.wake.notify_one();
+    }
+    /// Before all that wait.
+    pub(crate) fn add_first(&self, name: RegistrationName) {
+        {
+            let mut waiting = self.lock();
+            if !waiting.names.insert(name.clone()) {
+                waiting.order.retain(|waits| *waits != name);
+            }
+            waiting.order.push_front(name);
         }
         self.wake.notify_one();
     }

@@ -87,3 +87,20 @@ async fn names_come_once_each_in_order() {
     assert_eq!(names.next().await, name("b"));
     assert!(names.lock().take().is_none());
 }
+
+#[tokio::test]
+async fn whoever_is_first_is_looked_at_before_those_who_wait_and_once() {
+    let name = |name: &str| RegistrationName { namespace: "bookinfo".to_owned(), name: name.to_owned() };
+    let names = Names::default();
+    for waits in ["a", "b", "a", "c"] {
+        names.add(name(waits));
+    }
+    names.add_first(name("d"));
+    names.add_first(name("b"));
+    let mut order = Vec::new();
+    for _ in 0..4 {
+        order.push(names.next().await.name);
+    }
+    assert_eq!(order, ["b", "d", "a", "c"]);
+    assert!(names.lock().take().is_none());
+}

@@ -182,7 +182,11 @@ impl Store {
                 0
             }
         };
-        self.cache.work.add(name.clone());
+        match (state, record.war.get().and_then(|war| war.live())) {
+            // The mesh learns of a newcomer before what is left of many that ended is cleaned up.
+            (State::Live(_), None) => self.cache.work.add_first(name.clone()),
+            _ => self.cache.work.add(name.clone()),
+        }
         Ok(version)
     }
 
@@ -244,7 +248,12 @@ impl Store {
             let mut conditions = published_before(&object.data);
             conditions.extend(self.up_to_date(new, &boot));
             object.data["status"] = object::status(&object, name, new, &boot, &conditions, Timestamp::now());
-            let result = self.requests.replace_war_status(Urgency::Join, name, &object).await;
+            // An agent waits for its session, and not for what became of it, or of its health.
+            let urgency = match &new.connection {
+                Connection::Connected { .. } if new.connection != old.connection => Urgency::Join,
+                _ => Urgency::Record,
+            };
+            let result = self.requests.replace_war_status(urgency, name, &object).await;
             war = self.or_conflict(name, result).await?;
             self.cache.edit(name, |record| record.war.put(war.clone()));
         }
@@ -254,7 +263,12 @@ impl Store {
     /// From here on the registration is over, whoever carries out the rest.
     async fn end(&self, name: &RegistrationName, war: &War, ended: Option<&Ended>) -> Result<u64, RegistryError> {
         let object = object::with_end(name, war, ended).map_err(RegistryError::Unavailable)?;
-        let result = self.requests.replace_war(Urgency::Join, name, &object).await;
+        // Whose time is over isn't there to wait for it; who says goodbye is.
+        let urgency = match war.live().map(|war| &war.live.connection) {
+            Some(Connection::Disconnected { .. }) => Urgency::Record,
+            _ => Urgency::Join,
+        };
+        let result = self.requests.replace_war(urgency, name, &object).await;
         let war = self.or_conflict(name, result).await?;
         let version = war.version;
         self.cache.edit(name, |record| record.war.put(war));

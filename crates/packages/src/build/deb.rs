@@ -121,8 +121,8 @@ fn sums(source: &Source<'_>) -> String {
     for (path, (entry, content)) in &source.files {
         if matches!(entry.content, Content::File { config: false, .. }) {
             let digest = Md5::digest(content);
-            digest.iter().for_each(|byte| drop(write!(sums, "{byte:02x}")));
-            let _ = writeln!(sums, "  {}", &path[1..]);
+            let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+            let _ = writeln!(sums, "{digest}  {}", &path[1..]);
         }
     }
     sums

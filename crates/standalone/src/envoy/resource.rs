@@ -176,8 +176,9 @@ mod tests {
 
     #[test]
     fn one_of_many_costs_what_it_is_itself() {
-        let before: Vec<(u8, bool)> = (0..200).map(|host| (host, true)).collect();
-        let bytes = |change: &dyn Fn(&mut Vec<(u8, bool)>)| {
+        type Hosts = Vec<(u8, bool)>;
+        let before: Hosts = (0..200).map(|host| (host, true)).collect();
+        let bytes = |change: &dyn Fn(&mut Hosts)| {
             let mut after = before.clone();
             change(&mut after);
             let (before, after) = (assignment(&before), assignment(&after));

@@ -1,0 +1,139 @@
+//! Two planes, and one of them dies.
+
+use crate::crowd::Crowd;
+use anyhow::{Context, ensure};
+use nix::sys::signal::Signal;
+use onboarding_testkit::netns::Machine;
+use onboarding_tests::until::until;
+use onboarding_tests::world::World;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+const AGENTS: usize = 200;
+const SECOND: &str = "onboarding-plane-1";
+const FIRST: &str = "onboarding-plane-0";
+
+pub fn one_is_killed(world: &mut World) -> anyhow::Result<()> {
+    let outcome = with_two(world);
+    world.mesh()?.route_to_planes(&[world.plane_machine.address()])?;
+    if world.plane.is_none() {
+        world.start_plane()?;
+    }
+    outcome
+}
+
+fn with_two(world: &mut World) -> anyhow::Result<()> {
+    let pair = world.pair()?;
+    let machine = world.lab().machine("plane1", 7)?;
+    let second = world.launch_replica(&machine, SECOND)?;
+    until("the second plane is ready", Duration::from_secs(30), || {
+        let (status, said) = world.admin_of(&machine, "/readyz")?;
+        ensure!(status == 200, "{said}");
+        Ok(())
+    })?;
+    world.mesh()?.route_to_planes(&[world.plane_machine.address(), machine.address()])?;
+    let mut crowd = Crowd::new(world, "crowd")?;
+    let started = Instant::now();
+    crowd.grow(AGENTS as u32);
+    crowd.wait_connected(Duration::from_secs(90))?;
+    println!("  {AGENTS} agents joined two planes in {:?}", started.elapsed());
+    let before = crowd.wars(world)?;
+    let entries = crowd.entries(world)?;
+    ensure!((before.len(), entries.len()) == (AGENTS, AGENTS), "{} wars, {} entries", before.len(), entries.len());
+    let (of_first, of_second) = (held(&before, FIRST), held(&before, SECOND));
+    ensure!(of_first + of_second == AGENTS && of_first > 20 && of_second > 20, "{of_first} and {of_second}");
+
+    // It leads as well, being the first; and some agents die with it, so that only the leader can say so.
+    let dying: Vec<_> = before.iter().filter(|(_, war)| connected_to(war) == Some(FIRST)).take(5).collect();
+    let dying: Vec<_> = dying.into_iter().map(|(name, _)| name.clone()).collect();
+    let load = pair.productpage.load("ratings.bookinfo:8080", "/", 50)?;
+    let sessions = crowd.sessions();
+    // It sees nothing of that, and says nothing to anybody.
+    world.plane()?.signal(Signal::SIGSTOP)?;
+    crowd.vanish(|name| dying.iter().any(|it| it == name));
+    world.kill_plane();
+    let killed = Instant::now();
+    crowd.wait_connected(Duration::from_secs(90))?;
+    // Half of all tries have met the dead one until now; then Kubernetes takes it out.
+    world.mesh()?.route_to_planes(&[machine.address()])?;
+    println!("  those of the plane that was killed were back after {:?}", killed.elapsed());
+    until("every war says who holds its session", Duration::from_secs(60), || {
+        let now = crowd.wars(world)?;
+        let there = held(&now, SECOND);
+        ensure!(there == AGENTS - dying.len(), "{there} of {AGENTS} are connected to {SECOND}");
+        for name in &dying {
+            ensure!(connected_to(&now[name]).is_none(), "{name}, which died: {}", now[name]["status"]);
+        }
+        Ok(())
+    })?;
+    println!("  the wars said so after {:?}", killed.elapsed());
+    for vm in [&pair.ratings, &pair.productpage] {
+        until("the VM's agent is back", Duration::from_secs(90), || {
+            let wars = world.registrations()?;
+            let war = wars.iter().find(|war| war["metadata"]["name"] == vm.registration().as_str());
+            ensure!(war.and_then(connected_to) == Some(SECOND), "{war:?}");
+            Ok(())
+        })?;
+    }
+    // Nothing was lost, nothing made twice: the same objects, each session once.
+    let now = crowd.wars(world)?;
+    ensure!(uids(&now) == uids(&before), "other wars than before: {} of {}", now.len(), before.len());
+    ensure!(uids(&crowd.entries(world)?) == uids(&entries), "other entries than before");
+    ensure!(sessions_of(world, &machine)? == AGENTS - dying.len() + 2, "{} sessions", sessions_of(world, &machine)?);
+    let again = crowd.sessions() - sessions;
+    ensure!(again == of_first - dying.len(), "{again} sessions were opened for {of_first} that were cut off");
+    let outcome = load.stop()?;
+    ensure!(outcome.failed == 0 && outcome.sent > 100, "{outcome:?}");
+
+    // The first one comes again, and the other is stopped in order: it sends everybody over.
+    world.start_plane()?;
+    world.mesh()?.route_to_planes(&[world.plane_machine.address(), machine.address()])?;
+    crowd.come_back();
+    crowd.wait_connected(Duration::from_secs(60))?;
+    let stopped = Instant::now();
+    second.terminate(Duration::from_secs(30)).context("stopping the second plane")?;
+    world.mesh()?.route_to_planes(&[world.plane_machine.address()])?;
+    crowd.wait_connected(Duration::from_secs(60))?;
+    until("every war says who holds its session", Duration::from_secs(60), || {
+        let there = held(&crowd.wars(world)?, FIRST);
+        ensure!(there == AGENTS, "{there} of {AGENTS} are connected to {FIRST}");
+        Ok(())
+    })?;
+    println!("  a plane that stopped in order had sent all over after {:?}", stopped.elapsed());
+    // Of those that died it doesn't matter whether they were back within the grace period.
+    let survivors = |wars: &BTreeMap<String, Value>| -> Vec<Value> {
+        wars.iter().filter(|(name, _)| !dying.contains(name)).map(|(_, war)| war["metadata"]["uid"].clone()).collect()
+    };
+    ensure!(survivors(&crowd.wars(world)?) == survivors(&before), "other wars than before");
+    ensure!(
+        crowd.refusals().keys().all(|words| words.starts_with("Unavailable") || words.starts_with("Unknown")),
+        "{:?}",
+        crowd.refusals()
+    );
+    crowd.leave(world)?;
+    world.keep(pair);
+    Ok(())
+}
+
+fn connected_to(war: &Value) -> Option<&str> {
+    let conditions = war["status"]["conditions"].as_array()?;
+    let connected = conditions.iter().find(|condition| condition["type"] == "AgentConnected")?;
+    let to = war["status"]["activeAgentConnection"]["connectedTo"].as_str();
+    assert_eq!(connected["status"] == "True", to.is_some(), "{war:#}");
+    to
+}
+
+fn held(wars: &BTreeMap<String, Value>, replica: &str) -> usize {
+    wars.values().filter(|war| connected_to(war) == Some(replica)).count()
+}
+
+fn uids(objects: &BTreeMap<String, Value>) -> Vec<&str> {
+    objects.values().filter_map(|object| object["metadata"]["uid"].as_str()).collect()
+}
+
+fn sessions_of(world: &World, machine: &Machine) -> anyhow::Result<usize> {
+    let (_, metrics) = world.admin_of(machine, "/metrics")?;
+    let line = metrics.lines().find_map(|line| line.strip_prefix("onboarding_sessions "));
+    Ok(line.context("the metric of sessions")?.parse()?)
+}
