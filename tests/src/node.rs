@@ -7,7 +7,7 @@
 
 use crate::forward::Forward;
 use crate::world::{binary, envoy};
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use jiff::Timestamp;
 use nix::sys::signal::Signal;
 use onboarding_testkit::cluster::{Cluster, Istiod};
@@ -29,7 +29,7 @@ const NAME: &str = "lab";
 /// The address of the load balancer, on the lab's bridge.
 const BALANCER: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 6);
 const BRIDGE: &str = "lab";
-/// Of pods: 10.99.0.<from here on>.
+/// Of pods: `10.99.0.x`, from this x on.
 const FIRST_HOST: u8 = 100;
 const LAST_HOST: u8 = 250;
 const TICK: Duration = Duration::from_millis(50);
@@ -214,15 +214,18 @@ impl Worker {
             .args(["get", "--raw", &format!("/api/v1/pods?watch=true&timeoutSeconds={}", WATCH.as_secs())])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .stderr(Stdio::null())
+            .stderr(Stdio::piped())
             .spawn()
             .context("starting kubectl")?;
+        let started = Instant::now();
         let (events, queue) = channel();
         let out = watch.stdout.take().context("the output of kubectl")?;
         std::thread::Builder::new().name("node: watch".to_owned()).spawn(move || read(out, &events))?;
         self.follow(&queue);
         self.at("ends a watch");
-        end(&mut watch)
+        let said = end(&mut watch)?;
+        ensure!(started.elapsed() > TICK * 10 || self.stop.load(Ordering::Relaxed), "kubectl ended at once: {said}");
+        Ok(())
     }
 
     fn follow(&mut self, queue: &Receiver<Event>) {
@@ -244,6 +247,7 @@ impl Worker {
 
     fn changed(&mut self, event: &Value) -> anyhow::Result<()> {
         let pod = &event["object"];
+        self.say(&format!("DEBUG {} {} {}", event["type"], pod["metadata"]["name"], pod["spec"]["nodeName"]));
         let uid = pod["metadata"]["uid"].as_str().context("a pod without a uid")?;
         if event["type"] == "DELETED" {
             self.pods.remove(uid);
@@ -582,10 +586,13 @@ fn read(out: impl Read, events: &Sender<Event>) {
     let _ = events.send(Event::Ended);
 }
 
-fn end(child: &mut Child) -> anyhow::Result<()> {
+/// What it said on standard error.
+fn end(child: &mut Child) -> anyhow::Result<String> {
     let _ = child.kill();
     child.wait()?;
-    Ok(())
+    let mut said = String::new();
+    child.stderr.take().map(|stderr| stderr.take(4096).read_to_string(&mut said)).transpose()?;
+    Ok(said)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
