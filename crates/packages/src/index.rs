@@ -152,7 +152,7 @@ mod tests {
     #[test]
     fn names_and_what_they_are() {
         let hash = "0123456789abcdef".repeat(4);
-        let of = |path: &str| Published::parse(&path.replace('H', &hash));
+        let of = |path: &str| Published::parse(&path.replace("/H", &format!("/{hash}")));
         for (path, kind, named) in [
             ("onboarding.asc", Kind::Key, false),
             ("apt/dists/stable/InRelease", Kind::Text, false),

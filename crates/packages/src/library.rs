@@ -149,7 +149,7 @@ impl Library {
 
 /// The directory of this path is on the disk as it is now.
 fn synced(path: &Path) -> Result<(), Error> {
-    let directory = path.parent().unwrap_or(Path::new("."));
+    let directory = path.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
     File::open(directory).and_then(|directory| directory.sync_all()).map_err(at("syncing", directory))
 }
 
