@@ -204,7 +204,7 @@ impl Worker {
     /// Until the watch ends.
     fn watch(&mut self) -> anyhow::Result<()> {
         self.at("lists pods");
-        let uids = self.options.cluster.kubectl(["get", "pods", "-A", "-o", "jsonpath={.items[*].metadata.uid}"])?;
+        let uids = self.kubectl(&["get", "pods", "-A", "-o", "jsonpath={.items[*].metadata.uid}"])?;
         let there: Vec<&str> = uids.split(' ').collect();
         self.pods.retain(|uid, _| there.contains(&uid.as_str()));
         let kubectl = self.options.cluster.binary("kubectl");
@@ -247,7 +247,6 @@ impl Worker {
 
     fn changed(&mut self, event: &Value) -> anyhow::Result<()> {
         let pod = &event["object"];
-        self.say(&format!("DEBUG {} {} {}", event["type"], pod["metadata"]["name"], pod["spec"]["nodeName"]));
         let uid = pod["metadata"]["uid"].as_str().context("a pod without a uid")?;
         if event["type"] == "DELETED" {
             self.pods.remove(uid);
@@ -317,7 +316,7 @@ impl Worker {
         }
         let account = pod["spec"]["serviceAccountName"].as_str().unwrap_or("default");
         let cluster = &self.options.cluster;
-        let token = cluster.kubectl(["create", "token", account, "-n", namespace, "--duration=8760h"])?;
+        let token = self.kubectl(&["create", "token", account, "-n", namespace, "--duration=8760h"])?;
         let files = machine.directory().join("serviceaccount");
         std::fs::create_dir_all(&files)?;
         for (file, text) in [("token", token.trim()), ("ca.crt", cluster.ca()), ("namespace", namespace)] {
@@ -372,7 +371,7 @@ impl Worker {
             for file in ["tls.crt", "tls.key"] {
                 let template = format!("go-template={{{{index .data \"{file}\" | base64decode}}}}");
                 let get = ["get", "secret", secret, "-n", namespace, "-o", &template];
-                std::fs::write(directory.join(file), self.options.cluster.kubectl(get)?)?;
+                std::fs::write(directory.join(file), self.kubectl(&get)?)?;
             }
             let all = pod["spec"]["containers"][0]["volumeMounts"].as_array().into_iter().flatten();
             let here = directory.to_str().context("a path that isn't text")?;
@@ -438,7 +437,7 @@ impl Worker {
 
     fn tell(&self, pod: &Pod) -> anyhow::Result<()> {
         let Running { namespace, name, ready, .. } = &pod.running;
-        self.options.cluster.kubectl([
+        self.kubectl(&[
             "patch",
             "pod",
             name,
@@ -465,13 +464,12 @@ impl Worker {
     }
 
     fn balance(&self, namespace: &str) -> anyhow::Result<()> {
-        let cluster = &self.options.cluster;
-        let service = cluster.kubectl(["get", "service", GATEWAY, "-n", namespace, "-o", "json"])?;
+        let service = self.kubectl(&["get", "service", GATEWAY, "-n", namespace, "-o", "json"])?;
         self.balancer.serve(&serde_json::from_str(&service)?)?;
         let status = json!({"status": {"loadBalancer": {"ingress": [{"ip": BALANCER.to_string()}]}}}).to_string();
         let patch =
             ["patch", "service", GATEWAY, "-n", namespace, "--subresource=status", "--type=merge", "-p", &status];
-        cluster.kubectl(patch).map(drop)
+        self.kubectl(&patch).map(drop)
     }
 
     /// Tells the API server that nothing of this pod runs any more.
@@ -489,11 +487,16 @@ impl Worker {
         }
     }
 
+    /// With a bound: one answer that doesn't come must not keep all pods waiting.
+    fn kubectl(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        self.options.cluster.kubectl([&["--request-timeout=15s"], arguments].concat())
+    }
+
     fn raw(&self, verb: &str, path: &str, body: &Value) -> anyhow::Result<()> {
         let mut file = tempfile::NamedTempFile::new_in(self.files.path())?;
         write!(file, "{body}")?;
         let file = file.path().to_str().context("a path that isn't text")?;
-        self.options.cluster.kubectl([verb, "--raw", path, "-f", file]).map(drop)
+        self.kubectl(&[verb, "--raw", path, "-f", file]).map(drop)
     }
 
     fn at(&self, what: &str) {

@@ -57,6 +57,11 @@ pub(super) fn pack(source: &Source<'_>) -> Result<Vec<u8>, Error> {
     for relation in &recipe.replaces.rpm {
         builder.obsoletes(dependency(relation));
     }
+    // What an rpm that is too old for it must know of (rpm's own lib/rpmds.c).
+    builder.requires(Dependency::rpmlib("PayloadIsXz", "5.2-1"));
+    if format!("{version}{:?}", source.version.release).contains('~') {
+        builder.requires(Dependency::rpmlib("TildeInVersions", "4.10.0-1"));
+    }
     let script = |name| source.scripts.get(name).map(|script| scriptlet(script));
     if let Some(script) = script("pre") {
         builder.pre_install_script(script);
