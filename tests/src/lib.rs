@@ -11,6 +11,7 @@ pub mod installed;
 pub mod mesh;
 pub mod node;
 pub mod scenario;
+pub mod steps;
 pub mod story;
 pub mod until;
 pub mod vm;

@@ -2,7 +2,8 @@
 //! what `dev/demo --istio` tells, and a test.
 
 use crate::installed::Installed;
-use crate::story::{Story, because, count, first_answer, over_mutual_tls, proven};
+use crate::steps;
+use crate::story::{Story, first_answer, over_mutual_tls, proven};
 use crate::until::until;
 use crate::vm::{Evidence, Vm};
 use crate::world::{ENDPOINT, World};
@@ -188,20 +189,12 @@ fn war_deleted(story: &mut Story, world: &World, vm1: &Vm, vm2: &Vm) -> anyhow::
         world.connected(&name)
     })?;
     let took = deleted.elapsed();
-    answers(vm2)?;
+    steps::answers(vm2, "ratings on vm1")?;
     story.tell(format!(
         "`kubectl delete war {name}`: the agent onboarded again, {} ms after, and VM 1 answers.",
         took.as_millis()
     ));
     Ok(())
-}
-
-fn answers(vm2: &Vm) -> anyhow::Result<()> {
-    until("VM 1 answers", Duration::from_secs(40), || {
-        let answer = vm2.call("ratings.bookinfo:8080")?;
-        ensure!(answer.application == "ratings on vm1", "{answer:?}");
-        Ok(())
-    })
 }
 
 fn policy_deleted(story: &mut Story, world: &World, vm1: &Vm, vm2: &Vm) -> anyhow::Result<()> {
@@ -211,52 +204,17 @@ fn policy_deleted(story: &mut Story, world: &World, vm1: &Vm, vm2: &Vm) -> anyho
     // From when kubectl is called: it returns after the API server has the change.
     let asked = Instant::now();
     installed.kubectl(&["delete", "op", policy, "-n", "bookinfo"])?;
-    let done = Instant::now();
-    let ended = vm1
-        .agent()?
-        .wait_for_line_since(mark, Duration::from_secs(5), |line| line.to_lowercase().contains("withdrawn"))?;
-    let took = done.elapsed();
-    ensure!(took < Duration::from_secs(1), "it took {took:?} until the session ended");
+    let (_, why) = steps::session_ends(vm1, mark, Instant::now())?;
     story.tell(format!(
-        "`kubectl delete op {policy}`: VM 1's session ended {} ms after kubectl was called, within a second of its answer. Its log: {}",
-        asked.elapsed().as_millis(),
-        because(&ended)
+        "`kubectl delete op {policy}`: VM 1's session ended {} ms after kubectl was called, within a second of its answer. Its log: {why}",
+        asked.elapsed().as_millis()
     ));
-    // Or the sidecar that is on its way out could be the one that answers below.
-    vm1.agent()?.wait_for_line_since(mark, Duration::from_secs(20), |line| line.contains("the sidecar is stopped"))?;
-    world.apply_demo("ratings.yaml")?;
-    let restored = Instant::now();
-    answers(vm2)?;
-    story.tell(format!(
-        "The policy is back: VM 1 joined again and answers, {} ms after.",
-        restored.elapsed().as_millis()
-    ));
-    Ok(())
+    steps::comes_back(story, (vm1, vm2), mark, || world.apply_demo("ratings.yaml"))
 }
 
 fn stopped_under_load(story: &mut Story, world: &World, vm2: &Vm) -> anyhow::Result<()> {
-    let mut vm4 = world.vm("vm4", 14, "ratings", Evidence::ec2("i-00000000000000004", "ratings-role"))?;
-    let took = vm4.join()?;
-    let load = vm2.load("ratings.bookinfo:8080", "/", 200)?;
-    let before = count(&vm4)?;
-    until("VM 4 serves the load", Duration::from_secs(15), || {
-        ensure!(count(&vm4)? > before + 20, "not yet");
-        Ok(())
-    })?;
-    story.tell(format!(
-        "VM 4, a second instance of ratings, joined in {} ms and takes its share of the calls.",
-        took.as_millis()
-    ));
-    let took = vm4.stop_agent()?;
-    let outcome = load.stop()?;
-    ensure!(outcome.failed == 0, "{} of {} requests failed: {:?}", outcome.failed, outcome.sent, outcome.failures);
-    let answered: Vec<_> = outcome.answered_by.iter().map(|(who, count)| format!("{who} answered {count}")).collect();
-    story.tell(format!(
-        "VM 4's agent was stopped under load ({} ms: unregistered, waited, drained): {} requests were sent meanwhile, {} failed; {}.",
-        took.as_millis(), outcome.sent, outcome.failed, answered.join(", ")
-    ));
-    gone(world.installed()?, &vm4)?;
-    Ok(())
+    let vm4 = steps::stops_under_load(story, world, vm2)?;
+    gone(world.installed()?, &vm4)
 }
 
 /// Who said goodbye has no entry any more.

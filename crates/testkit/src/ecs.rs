@@ -1,5 +1,6 @@
 //! What ECS puts beside one task: the task metadata endpoint (version 4), and the credentials of the task's role.
 
+use crate::emulator::{self, Emulator, Shared};
 use crate::imds::Role;
 use crate::sts::Cloud;
 use axum::Router;
@@ -9,8 +10,8 @@ use axum::response::{IntoResponse, Response};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::net::IpAddr;
+use std::sync::PoisonError;
 use tokio::net::TcpListener;
 
 /// Where ECS has both.
@@ -73,48 +74,24 @@ impl Config {
     }
 }
 
-/// Running; it ends with this value.
-pub struct Ecs {
-    pub address: SocketAddr,
-    config: Arc<Mutex<Config>>,
-    task: tokio::task::JoinHandle<()>,
-}
-
-impl Ecs {
-    /// Changes what it says from now on.
-    pub fn change(&self, change: impl FnOnce(&mut Config)) {
-        change(&mut self.config.lock().unwrap_or_else(PoisonError::into_inner));
-    }
-}
-
-impl Drop for Ecs {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
+/// What runs beside one task; it ends with this value.
+pub type Ecs = Emulator<Config>;
 
 /// On a free port of 127.0.0.1.
 pub async fn start(config: Config) -> anyhow::Result<Ecs> {
-    let listener = TcpListener::bind("127.0.0.1:0").await?;
-    let address = listener.local_addr()?;
-    let config = Arc::new(Mutex::new(config));
-    let router = router(config.clone());
-    let task = tokio::spawn(async move {
-        let _ = axum::serve(listener, router).await;
-    });
-    Ok(Ecs { address, config, task })
+    Emulator::start(config, router).await
 }
 
 /// Until the process ends.
 pub async fn serve(listener: TcpListener, config: Config) -> anyhow::Result<()> {
-    Ok(axum::serve(listener, router(Arc::new(Mutex::new(config)))).await?)
+    emulator::serve(listener, config, router).await
 }
 
-fn router(config: Arc<Mutex<Config>>) -> Router {
+fn router(config: Shared<Config>) -> Router {
     Router::new().fallback(answer).with_state(config)
 }
 
-async fn answer(State(config): State<Arc<Mutex<Config>>>, request: Request) -> Response {
+async fn answer(State(config): State<Shared<Config>>, request: Request) -> Response {
     let config = config.lock().unwrap_or_else(PoisonError::into_inner).clone();
     if request.method() != Method::GET {
         return StatusCode::METHOD_NOT_ALLOWED.into_response();

@@ -1,6 +1,7 @@
 //! The instance metadata service of one EC2 instance: IMDSv2, as far as agents and their tests ask it.
 
 use crate::cms::RegionKey;
+use crate::emulator::{self, Emulator, Shared};
 use crate::sts::{Cloud, Credentials};
 use axum::Router;
 use axum::body::Bytes;
@@ -13,7 +14,6 @@ use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::net::TcpListener;
 
@@ -108,49 +108,25 @@ impl Config {
 }
 
 /// A running metadata service; it ends with this value.
-pub struct Imds {
-    pub address: SocketAddr,
-    config: Arc<Mutex<Config>>,
-    task: tokio::task::JoinHandle<()>,
-}
-
-impl Imds {
-    /// Changes what it says from now on.
-    pub fn change(&self, change: impl FnOnce(&mut Config)) {
-        change(&mut self.config.lock().unwrap_or_else(PoisonError::into_inner));
-    }
-}
-
-impl Drop for Imds {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
+pub type Imds = Emulator<Config>;
 
 /// On a free port of 127.0.0.1.
 pub async fn start(config: Config) -> anyhow::Result<Imds> {
-    let listener = TcpListener::bind("127.0.0.1:0").await?;
-    let address = listener.local_addr()?;
-    let config = Arc::new(Mutex::new(config));
-    let router = router(config.clone());
-    let task = tokio::spawn(async move {
-        let _ = axum::serve(listener, router).await;
-    });
-    Ok(Imds { address, config, task })
+    Emulator::start(config, router).await
 }
 
 /// Until the process ends.
 pub async fn serve(listener: TcpListener, config: Config) -> anyhow::Result<()> {
-    Ok(axum::serve(listener, router(Arc::new(Mutex::new(config)))).await?)
+    emulator::serve(listener, config, router).await
 }
 
 struct Service {
-    config: Arc<Mutex<Config>>,
+    config: Shared<Config>,
     /// Each token with its end.
     tokens: Mutex<HashMap<String, Timestamp>>,
 }
 
-fn router(config: Arc<Mutex<Config>>) -> Router {
+fn router(config: Shared<Config>) -> Router {
     Router::new().fallback(answer).with_state(Arc::new(Service { config, tokens: Mutex::default() }))
 }
 
@@ -254,6 +230,7 @@ fn credentials(credentials: &Credentials) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::SocketAddr;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpStream;
 

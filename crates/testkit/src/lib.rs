@@ -8,6 +8,7 @@ pub mod application;
 pub mod cluster;
 pub mod cms;
 pub mod ecs;
+pub mod emulator;
 pub mod eventually;
 pub mod gateway;
 pub mod imds;

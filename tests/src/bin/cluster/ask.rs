@@ -42,7 +42,7 @@ pub struct Vm {
     /// IAM role of the EC2 instance
     #[arg(long, default_value = "ratings-role", conflicts_with = "jwt")]
     pub role: String,
-    /// Proves itself with a JWT of https://mycompany.corp, not as an EC2 instance; the default for the group productpage
+    /// Proves itself with a JWT of `https://mycompany.corp`, not as an EC2 instance; the default for the group productpage
     #[arg(long)]
     pub jwt: bool,
     /// Subject of the JWT; the VM's name where it isn't said

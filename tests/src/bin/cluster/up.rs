@@ -19,7 +19,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
-/// Of VMs: 10.99.0.<from here on>; below are the machines that every world has.
+/// Of VMs: `10.99.0.x`, from this x on; below are the machines that every world has.
 const FIRST_VM: u8 = 11;
 const LAST_VM: u8 = 49;
 const LONGEST_QUESTION: u64 = 64 * 1024;

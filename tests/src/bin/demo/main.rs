@@ -5,7 +5,8 @@ use anyhow::{Context, ensure};
 use clap::Parser;
 use onboarding_testkit::application::Answer;
 use onboarding_testkit::netns::{Lab, inside};
-use onboarding_tests::story::{Story, because, count, first_answer, over_mutual_tls, proven};
+use onboarding_tests::steps;
+use onboarding_tests::story::{Story, because, first_answer, over_mutual_tls, proven};
 use onboarding_tests::until::until;
 use onboarding_tests::vm::{Evidence, Vm};
 use onboarding_tests::walkthrough;
@@ -134,61 +135,11 @@ fn tell(story: &mut Story, world: &mut World, vms: &mut Vec<Vm>) -> anyhow::Resu
     let mark = vm1.agent()?.mark();
     let whole = world.withdraw("ratings.yaml", "OnboardingPolicy")?;
     let withdrawn = Instant::now();
-    let ended = vm1
-        .agent()?
-        .wait_for_line_since(mark, Duration::from_secs(5), |line| line.to_lowercase().contains("withdrawn"))?;
-    let took = withdrawn.elapsed();
-    ensure!(took < Duration::from_secs(1), "it took {took:?} until the session ended");
-    story.tell(format!(
-        "The policy was withdrawn: VM 1's session ended after {} ms. Its log: {}",
-        took.as_millis(),
-        because(&ended)
-    ));
+    let (took, why) = steps::session_ends(vm1, mark, withdrawn)?;
+    story.tell(format!("The policy was withdrawn: VM 1's session ended after {} ms. Its log: {why}", took.as_millis()));
 
-    // Or the sidecar that is on its way out could be the one that answers below.
-    vm1.agent()?.wait_for_line_since(mark, Duration::from_secs(20), |line| line.contains("the sidecar is stopped"))?;
-    world.write_manifest("ratings.yaml", &whole)?;
-    let restored = Instant::now();
-    until("VM 1 is back", Duration::from_secs(40), || {
-        let answer = vm2.call("ratings.bookinfo:8080")?;
-        ensure!(answer.application == "ratings on vm1", "{answer:?}");
-        Ok(())
-    })?;
-    story.tell(format!(
-        "The policy is back: VM 1 joined again and answers, {} ms after.",
-        restored.elapsed().as_millis()
-    ));
-
-    let mut vm4 = world.vm("vm4", 14, "ratings", Evidence::ec2("i-00000000000000004", "ratings-role"))?;
-    let took = vm4.join()?;
-    until("VM 4 answers too", Duration::from_secs(10), || {
-        let answer = vm2.call("ratings.bookinfo:8080")?;
-        ensure!(answer.application == "ratings on vm4", "{answer:?}");
-        Ok(())
-    })?;
-    story.tell(format!(
-        "VM 4, a second instance of ratings, joined in {} ms and takes its share of the calls.",
-        took.as_millis()
-    ));
-
-    let load = vm2.load("ratings.bookinfo:8080", "/", 200)?;
-    let before = count(&vm4)?;
-    until("VM 4 serves the load", Duration::from_secs(10), || {
-        ensure!(count(&vm4)? > before + 20, "not yet");
-        Ok(())
-    })?;
-    let took = vm4.stop_agent()?;
-    let outcome = load.stop()?;
-    ensure!(outcome.failed == 0, "{} of {} requests failed: {:?}", outcome.failed, outcome.sent, outcome.failures);
-    let answered: Vec<_> = outcome.answered_by.iter().map(|(who, count)| format!("{who} answered {count}")).collect();
-    story.tell(format!(
-        "VM 4's agent was stopped under load ({} ms: unregistered, waited, drained): {} requests were sent meanwhile, {} failed; {}.",
-        took.as_millis(),
-        outcome.sent,
-        outcome.failed,
-        answered.join(", ")
-    ));
-    Ok(())
+    steps::comes_back(story, (vm1, vm2), mark, || world.write_manifest("ratings.yaml", &whole))?;
+    steps::stops_under_load(story, world, vm2).map(drop)
 }
 
 /// The name for which a client that trusts the company's CA accepts the endpoint.
