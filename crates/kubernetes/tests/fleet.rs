@@ -17,6 +17,7 @@ use onboarding_kubernetes::fleet::{self, LEADER, LeaseFleet};
 use onboarding_kubernetes::keys::{SecretKeyStore, TOKEN_KEYS};
 use onboarding_kubernetes::{names, notices, policies, source};
 use onboarding_testkit::cluster::{Cluster, Options};
+use onboarding_testkit::eventually::eventually;
 use prometheus_client::registry::Registry as Metrics;
 use std::path::Path;
 use std::sync::Arc;
@@ -37,15 +38,11 @@ async fn admin(cluster: &Cluster) -> kube::Client {
 
 /// Asks until the answer is good.
 async fn until<T: std::fmt::Debug>(what: &str, mut ask: impl AsyncFnMut() -> T, good: impl Fn(&T) -> bool) -> T {
-    let deadline = Instant::now() + WITHIN;
-    loop {
+    eventually(what, WITHIN, async || {
         let answer = ask().await;
-        if good(&answer) {
-            return answer;
-        }
-        assert!(Instant::now() < deadline, "{what} never came; at last {answer:?}");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+        if good(&answer) { Ok(answer) } else { Err(answer) }
+    })
+    .await
 }
 
 struct Replica {

@@ -23,6 +23,7 @@ use onboarding_kubernetes::istio::{
 };
 use onboarding_kubernetes::registry::{Standing, Standings};
 use onboarding_testkit::cluster::{Cluster, Options};
+use onboarding_testkit::eventually::eventually;
 use onboarding_testkit::process::Process;
 use onboarding_wire::onboarding as pb;
 use prometheus_client::registry::Registry as Metrics;
@@ -31,7 +32,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -84,11 +85,7 @@ async fn until(
 }
 
 async fn until_true(what: &str, mut good: impl FnMut() -> bool) {
-    let deadline = Instant::now() + WITHIN;
-    while !good() {
-        assert!(Instant::now() < deadline, "{what} never came");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    eventually(what, WITHIN, async || good().then_some(()).ok_or("not yet")).await;
 }
 
 fn value(status: &TokenStatus) -> String {
@@ -595,18 +592,14 @@ async fn a_sidecar_comes_up_from_it() {
         }
     }
     let uri = format!("http://127.0.0.2:{egress}/");
-    let deadline = Instant::now() + WITHIN;
-    loop {
-        let host = format!("Host: ratings.bookinfo:{egress}");
-        let curl =
-            tokio::process::Command::new("curl").args(["-sS", "--max-time", "5", "-H", &host, &uri]).output().await;
-        let curl = curl.unwrap();
-        if let Ok(answer) = serde_json::from_slice::<onboarding_testkit::application::Answer>(&curl.stdout) {
-            break assert_eq!(answer.application, "ratings");
-        }
-        assert!(Instant::now() < deadline, "{curl:?}; the sidecar's log:\n{}", log());
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    let host = format!("Host: ratings.bookinfo:{egress}");
+    let answer = eventually("an answer of ratings", WITHIN, async || {
+        let arguments = ["-sS", "--max-time", "5", "-H", &host, &uri];
+        let curl = tokio::process::Command::new("curl").args(arguments).output().await.unwrap();
+        let answer = serde_json::from_slice::<onboarding_testkit::application::Answer>(&curl.stdout);
+        answer.map_err(|_| format!("{curl:?}; the sidecar's log:\n{}", log()))
+    });
+    assert_eq!(answer.await.application, "ratings");
     sidecar.stop(Duration::from_secs(5)).await;
     provided.stop.cancel();
 }
@@ -654,12 +647,9 @@ async fn pilot_agents_node(cluster: &Cluster, boot: &pb::IstioBoot, directory: &
     command.envs(boot.environment.iter().map(|(name, value)| (name, value.replace("{{HOST_IP}}", HOST_IP))));
     command.env("PROXY_CONFIG", proxy_config.to_string()).env("PATH", "/usr/bin:/bin");
     let process = Process::start("pilot-agent", command, None).unwrap();
-    let deadline = Instant::now() + WITHIN;
-    loop {
-        if let Ok(bootstrap) = std::fs::read(directory.join("kept")) {
-            return serde_json::from_slice::<Value>(&bootstrap).unwrap()["node"].clone();
-        }
-        assert!(process.status().is_none() && Instant::now() < deadline, "{}", process.tail());
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    let bootstrap = eventually("the bootstrap of pilot-agent", WITHIN, async || {
+        assert!(process.status().is_none(), "{}", process.tail());
+        std::fs::read(directory.join("kept")).map_err(|error| format!("{error}\n{}", process.tail()))
+    });
+    serde_json::from_slice::<Value>(&bootstrap.await).unwrap()["node"].clone()
 }

@@ -111,7 +111,7 @@ pub(crate) fn answer(method: &Method, request: &HeaderMap, representation: &Repr
     if let (Content::Package(_), Some(digest)) = (&representation.content, of_representation(&representation.digest)) {
         headers.insert(HeaderName::from_static("repr-digest"), digest);
     }
-    let (from, to) = match asked(method, request, etag.as_ref(), length) {
+    let (from, to) = match asked(method, request, etag.as_ref(), representation.immutable, length) {
         Asked::Whole => (0, length),
         Asked::Part(from, to) => {
             if let Ok(range) = ContentRange::bytes(from..to, length) {
@@ -163,15 +163,18 @@ enum Asked {
     Nothing,
 }
 
-fn asked(method: &Method, request: &HeaderMap, etag: Option<&ETag>, length: u64) -> Asked {
+fn asked(method: &Method, request: &HeaderMap, etag: Option<&ETag>, immutable: bool, length: u64) -> Asked {
     let Some(range) = request.get(header::RANGE).and_then(|value| value.to_str().ok()) else { return Asked::Whole };
     // RFC 9110, section 14.2: ranges are GET's.
     if method != Method::GET {
         return Asked::Whole;
     }
-    // Section 13.1.5. A date never matches: of two packages built reproducibly, both may have the same.
-    let same = request.get(header::IF_RANGE).is_none_or(|held| {
-        held.to_str().ok().and_then(|held| held.parse::<ETag>().ok()).is_some_and(|held| Some(&held) == etag)
+    // Section 13.1.5. A date matches where there never was another content (apt resumes with it), and nowhere else: of two packages
+    // built reproducibly, both may have the same.
+    let same = request.get(header::IF_RANGE).is_none_or(|held| match held.to_str().map(str::parse::<ETag>) {
+        Ok(Ok(held)) => Some(&held) == etag,
+        Ok(Err(_)) => immutable,
+        Err(_) => false,
     });
     if same { part(range, length) } else { Asked::Whole }
 }

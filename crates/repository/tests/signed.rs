@@ -238,7 +238,9 @@ struct Dnf<'a> {
 impl<'a> Dnf<'a> {
     fn new(world: &'a World) -> Self {
         let root = tempfile::tempdir().unwrap();
-        fs::create_dir_all(root.path().join("repos")).unwrap();
+        for directory in ["repos", "log"] {
+            fs::create_dir_all(root.path().join(directory)).unwrap();
+        }
         let local = |path: &str| world.repository.local(path);
         let repository = format!(
             "[onboarding]\nname=x\nbaseurl={}\nenabled=1\ngpgcheck=1\nrepo_gpgcheck=1\ngpgkey={}\nsslcacert={}\nretries=1\n",

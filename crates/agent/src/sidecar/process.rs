@@ -22,6 +22,9 @@ const LONGEST_WORDS: usize = 2 * 1024;
 /// Refusals and errors that are remembered.
 const REMEMBERED: usize = 8;
 const FRESH: Duration = Duration::from_secs(5);
+/// Whether what was killed is gone is looked at so often at most: for two seconds.
+const LOOKS: u32 = 400;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(5);
 const PID_FILE: &str = "envoy.pid";
 
 /// What is started, in [`Options::directory`].
@@ -111,7 +114,7 @@ impl Process {
 
     /// How it ended, with its last error: to be asked after [`Process::wait`].
     pub(super) async fn epitaph(&mut self, status: ExitStatus) -> String {
-        self.kill_group();
+        self.end_group().await;
         // The pipe ends with the process; should something else hold it, its words so far will do.
         for reader in &mut self.readers {
             let _ = tokio::time::timeout(Duration::from_millis(500), reader).await;
@@ -123,7 +126,7 @@ impl Process {
         }
     }
 
-    /// SIGTERM, then SIGKILL at the deadline; returns when it is gone.
+    /// SIGTERM, then SIGKILL at the deadline; returns when it is gone, and what it started with it.
     pub(super) async fn stop(mut self, deadline: Duration) {
         if let Some(pid) = self.child.id().and_then(|pid| i32::try_from(pid).ok()) {
             // Until it is waited for, its id belongs to no other process.
@@ -134,15 +137,29 @@ impl Process {
             self.kill_group();
             let _ = self.child.wait().await;
         }
-        self.kill_group();
+        self.end_group().await;
         let _ = std::fs::remove_file(&self.pid_file);
     }
 
     /// The process, and what it started and left. A group's number is not given away while somebody is in it; when nobody is, it was
     /// this one's until a moment ago.
-    fn kill_group(&mut self) {
-        if let Some(group) = self.group.take() {
+    fn kill_group(&self) {
+        if let Some(group) = self.group {
             let _ = killpg(group, Signal::SIGKILL);
+        }
+    }
+
+    /// Its own process has ended: what it left is killed, and waited for until its sockets are closed.
+    async fn end_group(&mut self) {
+        self.kill_group();
+        if let Some(group) = self.group.take() {
+            for _ in 0..LOOKS {
+                if !is_anybody_of(group.as_raw()) {
+                    return;
+                }
+                tokio::time::sleep(BETWEEN_LOOKS).await;
+            }
+            tracing::warn!(group = group.as_raw(), "what the sidecar left doesn't end");
         }
     }
 }
@@ -325,11 +342,11 @@ fn end_leftover(pid_file: &Path, options: &Options) {
     }
     // SIGKILL takes effect when the kernel comes to it, and the listeners' ports are free after that. That is milliseconds; the agent
     // has nothing else to do before its sidecar starts.
-    for _ in 0..400 {
+    for _ in 0..LOOKS {
         if !is_anybody_of(raw) {
             return;
         }
-        std::thread::sleep(Duration::from_millis(5));
+        std::thread::sleep(BETWEEN_LOOKS);
     }
     tracing::warn!(pid, "the sidecar of an earlier agent doesn't end");
 }
