@@ -139,14 +139,15 @@ fn rpm_reads_what_the_recipe_says() {
     }
     assert_eq!(said("rpm", &["-qp", "--nosignature", "--conflicts"], &file), "other < 2\n");
     assert!(said("rpm", &["-qp", "--nosignature", "--recommends"], &file).contains("istio-sidecar\n"));
-    let list = said("rpm", &["-qplv", "--nosignature"], &file);
-    for (mode, owners, path) in [
-        ("-rwxr-xr-x", "root     root", "/usr/bin/onboarding-agent"),
-        ("-rw-r-----", "root     onboarding-agent", "/etc/onboarding-agent/agent.config.yaml"),
-        ("drwx------", "onboarding-agent", "/var/lib/onboarding-agent"),
+    // `rpm -qplv` cuts long names of users.
+    let files = "[%{FILEMODES:perms} %{FILEUSERNAME} %{FILEGROUPNAME} %{FILENAMES}\n]";
+    let list = said("rpm", &["-qp", "--nosignature", "--qf", files], &file);
+    for wanted in [
+        "-rwxr-xr-x root root /usr/bin/onboarding-agent",
+        "-rw-r----- root onboarding-agent /etc/onboarding-agent/agent.config.yaml",
+        "drwx------ onboarding-agent onboarding-agent /var/lib/onboarding-agent",
     ] {
-        let found = list.lines().any(|line| line.starts_with(mode) && line.contains(owners) && line.ends_with(path));
-        assert!(found, "{path}\n{list}");
+        assert!(list.lines().any(|line| line == wanted), "{wanted}\n{list}");
     }
     assert_eq!(said("rpm", &["-qpc", "--nosignature"], &file), "/etc/onboarding-agent/agent.config.yaml\n");
     let flags = said("rpm", &["-qp", "--nosignature", "--qf", "[%{FILENAMES} %{FILEFLAGS:fflags}\n]"], &file);
