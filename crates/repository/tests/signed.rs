@@ -277,7 +277,10 @@ impl<'a> Dnf<'a> {
     fn installed(&self) -> String {
         // Debian's rpm keeps its database in the home directory.
         let mut rpm = Command::new("rpm");
-        rpm.env("HOME", self.root.path()).arg("--root").arg(self.root.path().join("installed")).args(["-q", "onboarding-agent"]);
+        rpm.env("HOME", self.root.path())
+            .arg("--root")
+            .arg(self.root.path().join("installed"))
+            .args(["-q", "onboarding-agent"]);
         String::from_utf8(rpm.output().unwrap().stdout).unwrap().trim().to_owned()
     }
 }
