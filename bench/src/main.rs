@@ -50,6 +50,7 @@ fn main() -> anyhow::Result<()> {
     let bench = Bench {
         quick: args.quick,
         one_core: args.one_core,
+        descriptors: usize::try_from(descriptors)?,
         repeat: usize::from(if args.quick { 1 } else { args.repeat }),
         binaries: own.parent().context("finding this program's directory")?.to_owned(),
         directory: args.directory.unwrap_or_else(std::env::temp_dir),

@@ -12,8 +12,8 @@ fn bench() -> Bench {
     let own = std::env::current_exe().unwrap();
     let binaries = own.ancestors().nth(2).unwrap().to_owned();
     assert!(binaries.join("onboarding-plane").exists(), "build it first: cargo build -p onboarding-plane");
-    onboarding_bench::machine::raise_limit().unwrap();
-    Bench { quick: true, one_core: false, repeat: 1, binaries, directory: std::env::temp_dir() }
+    let descriptors = onboarding_bench::machine::raise_limit().unwrap().try_into().unwrap();
+    Bench { quick: true, one_core: false, repeat: 1, descriptors, binaries, directory: std::env::temp_dir() }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -25,6 +25,8 @@ pub struct Bench {
     pub repeat: usize,
     /// Binaries of this workspace, built in release: `onboarding-plane`, `onboarding-agent`, ...
     pub binaries: PathBuf,
+    /// How many files a process may have open.
+    pub descriptors: usize,
     /// Where planes keep their data: what an fsync costs is this file system's.
     pub directory: PathBuf,
 }

@@ -7,6 +7,7 @@ use onboarding_kinds::recipe::{self, Recipe};
 use onboarding_packages::build::{DEFAULT_TIME, Places, Source, Version};
 use onboarding_packages::library::Library;
 use onboarding_packages::name::{Architecture, Format, Package, Product, Revision};
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 
 /// Build a DEB and an RPM package from a recipe
@@ -72,12 +73,17 @@ impl Build {
         let source = Source::read(&recipe, &places, &self.version, self.arch, self.time)
             .with_context(|| format!("building from {}", self.recipe.display()))?;
         let formats = if self.format.is_empty() { Format::ALL.to_vec() } else { self.format.clone() };
-        let mut packages = Vec::new();
-        for format in formats {
+        let pack = |format| -> anyhow::Result<_> {
             let package = Package { product: product.clone(), format, architecture: self.arch };
             let bytes = source.pack(format).with_context(|| format!("building {package}"))?;
-            packages.push((package, bytes));
-        }
+            Ok((package, bytes))
+        };
+        // At the same time: what takes long is compressing, a processor each.
+        let packages = std::thread::scope(|scope| {
+            let packing: Vec<_> = formats.into_iter().map(|format| scope.spawn(move || pack(format))).collect();
+            let packed = packing.into_iter().map(|one| one.join().unwrap_or_else(|panic| resume_unwind(panic)));
+            packed.collect::<anyhow::Result<Vec<_>>>()
+        })?;
         Library::open(&self.output)?.put(&packages)?;
         let out = packages.iter().map(|(package, _)| format!("{}\n", self.output.join(package.to_string()).display()));
         Ok(Outcome::text(out.collect()))
