@@ -68,7 +68,7 @@ pub fn of_ipv6(world: &mut World) -> anyhow::Result<()> {
         both.call("ratings.bookinfo:8080")
     })?;
     until("one of IPv4 gets an answer of the dual host", Duration::from_secs(30), || {
-        let answer = pair.ratings.call("productpage.bookinfo:8080")?;
+        let answer = pair.productpage.call("productpage.bookinfo:8080")?;
         ensure!(answer.application.ends_with("on both"), "{answer:?}");
         Ok(())
     })?;

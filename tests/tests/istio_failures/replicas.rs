@@ -76,13 +76,20 @@ fn with_two(world: &mut World) -> anyhow::Result<()> {
             Ok(())
         })?;
     }
+    // The plane has a session on record before its agent hears of it.
+    crowd.wait_connected(Duration::from_secs(30))?;
     // Nothing was lost, nothing made twice: the same objects, each session once.
     let now = crowd.wars(world)?;
     ensure!(uids(&now) == uids(&before), "other wars than before: {} of {}", now.len(), before.len());
     ensure!(uids(&crowd.entries(world)?) == uids(&entries), "other entries than before");
     ensure!(sessions_of(world, &machine)? == AGENTS - dying.len() + 2, "{} sessions", sessions_of(world, &machine)?);
     let again = crowd.sessions() - sessions;
-    ensure!(again == of_first - dying.len(), "{again} sessions were opened for {of_first} that were cut off");
+    ensure!(
+        again == of_first - dying.len(),
+        "{again} sessions were opened for {} that were cut off; refused were {:?}",
+        of_first - dying.len(),
+        crowd.refusals()
+    );
     let outcome = load.stop()?;
     ensure!(outcome.failed == 0 && outcome.sent > 100, "{outcome:?}");
 

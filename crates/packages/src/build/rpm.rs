@@ -15,7 +15,8 @@ pub(super) fn pack(source: &Source<'_>) -> Result<Vec<u8>, Error> {
         .description(&recipe.description)
         .packager(&recipe.maintainer)
         .vendor(recipe.maintainer.split(" <").next().unwrap_or_default())
-        .group("Unspecified")
+        .group("System Environment/Daemons")
+        .add_changelog_entry(format!("{} - {version}", recipe.maintainer), format!("- Version {version}"), source.time)
         // The machine that builds is no part of the package.
         .build_host("localhost");
     if let Some(homepage) = &recipe.homepage {
