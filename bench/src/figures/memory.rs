@@ -26,7 +26,10 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
     // Each agent is an open file here and one in the plane, whose limit is the same.
     let most = bench.descriptors.saturating_sub(OTHER_FILES);
     if let Some(size) = sizes.last_mut().filter(|size| **size > most) {
-        bench.say(started, &format!("{size} agents need a higher hard limit of open files (ulimit -Hn): {most} instead"));
+        bench.say(
+            started,
+            &format!("{size} agents need a higher hard limit of open files (ulimit -Hn): {most} instead"),
+        );
         *size = most;
     }
     let mut samples = vec![Vec::new(); sizes.len()];

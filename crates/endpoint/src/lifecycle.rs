@@ -259,16 +259,27 @@ pub(crate) struct Sessions {
 struct Open {
     by_session: HashMap<String, (RegistrationName, oneshot::Sender<EndReason>)>,
     /// The newest of each registration; those before it are being replaced.
-    newest: HashMap<RegistrationName, String>,
+    newest: HashMap<RegistrationName, Newest>,
+}
+
+struct Newest {
+    session: String,
+    /// Before, what is on record is about the session that it replaces.
+    on_record: bool,
 }
 
 impl Sessions {
     pub(crate) fn opened(&self, name: &RegistrationName, session: String) -> oneshot::Receiver<EndReason> {
         let (sender, receiver) = oneshot::channel();
         let mut open = self.lock();
-        open.newest.insert(name.clone(), session.clone());
+        open.newest.insert(name.clone(), Newest { session: session.clone(), on_record: false });
         open.by_session.insert(session, (name.clone(), sender));
         receiver
+    }
+    pub(crate) fn is_on_record(&self, name: &RegistrationName, session: &str) {
+        if let Some(newest) = self.lock().newest.get_mut(name).filter(|newest| newest.session == session) {
+            newest.on_record = true;
+        }
     }
     pub(crate) fn closed(&self, session: &str) {
         self.lock().remove(session);
@@ -276,9 +287,9 @@ impl Sessions {
     pub(crate) fn has(&self, session: &str) -> bool {
         self.lock().by_session.contains_key(session)
     }
-    /// The session of this registration that is open here.
+    /// The session of this registration that is open here and was put on record.
     pub(crate) fn of(&self, name: &RegistrationName) -> Option<String> {
-        self.lock().newest.get(name).cloned()
+        self.lock().newest.get(name).filter(|newest| newest.on_record).map(|newest| newest.session.clone())
     }
     pub(crate) fn names(&self) -> Vec<RegistrationName> {
         self.lock().newest.keys().cloned().collect()
@@ -300,7 +311,7 @@ impl Sessions {
 impl Open {
     fn remove(&mut self, session: &str) -> Option<oneshot::Sender<EndReason>> {
         let (name, sender) = self.by_session.remove(session)?;
-        if self.newest.get(&name).is_some_and(|newest| newest == session) {
+        if self.newest.get(&name).is_some_and(|newest| newest.session == session) {
             self.newest.remove(&name);
         }
         Some(sender)

@@ -4,9 +4,11 @@
 
 mod support;
 
+use onboarding_core::name::RegistrationName;
 use onboarding_core::registration::{Connection, DisconnectReason, State};
 use onboarding_wire::onboarding as pb;
 use pb::session_end::Reason;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use support::*;
 
@@ -27,6 +29,39 @@ async fn a_session_that_another_replica_replaced_ends() {
     let _new = second.agent_with(key).await.join(&second.jwt("vm7", "ratings")).await.unwrap();
     assert_eq!(old.end().await.reason(), Reason::Replaced);
     until(&second, "with the second", |all| connected_to(&all[0].1.state, "plane-1")).await;
+}
+
+/// What is on record then is about the session that it replaces.
+#[tokio::test]
+async fn a_session_is_not_ended_before_it_is_on_record() {
+    let crew = Crew::new(&["plane-0", "plane-1"]);
+    let first = Plane::start().await.replica("plane-0", crew.clone(), GRACE).await;
+    let second = first.replica("plane-1", crew, GRACE).await;
+    let key = Key::new();
+    let _old = first.agent_with(key.clone()).await.join(&first.jwt("vm7", "ratings")).await.unwrap();
+    let mut agent = second.agent_with(key).await;
+    agent.authorize(&second.jwt("vm7", "ratings")).await.unwrap();
+    let name = agent.register().await.unwrap();
+    let (namespace, name) = name.split_once('/').unwrap();
+    let name = RegistrationName { namespace: namespace.to_owned(), name: name.to_owned() };
+
+    let registry = second.registry.clone();
+    let begun = |which: usize| registry.begun[which].load(Ordering::SeqCst);
+    let gate = registry.gate.lock().await;
+    let before = begun(1);
+    let opening = tokio::spawn(async move { agent.session().await });
+    becomes("it is being put on record", async || begun(1), |stores| *stores > before).await;
+    let before = begun(0);
+    registry.changes.send(name).unwrap();
+    // By both.
+    becomes("the change was looked at", async || begun(0), |loads| *loads >= before + 2).await;
+    drop(gate);
+    let session = opening.await.unwrap().unwrap();
+    session.say(pb::agent_message::Message::Health(pb::Health { ready: true, message: String::new() })).await;
+    until(&second, "the session goes on", |all| {
+        connected_to(&all[0].1.state, "plane-1") && matches!(&all[0].1.state, State::Live(live) if live.health.ready)
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -40,9 +40,13 @@ pub const HOST: &str = "onboarding-endpoint.your-company.corp";
 pub struct Memory {
     states: Mutex<HashMap<RegistrationName, Stored>>,
     keys: Mutex<(Vec<u8>, u64)>,
-    changes: broadcast::Sender<RegistrationName>,
+    pub changes: broadcast::Sender<RegistrationName>,
     /// Every store fails as long as this holds.
     pub broken: std::sync::atomic::AtomicBool,
+    /// No store goes on while a test holds this.
+    pub gate: tokio::sync::Mutex<()>,
+    /// Loads and stores that were begun.
+    pub begun: [std::sync::atomic::AtomicUsize; 2],
 }
 
 impl Default for Memory {
@@ -52,6 +56,8 @@ impl Default for Memory {
             keys: Mutex::default(),
             changes: broadcast::Sender::new(1000),
             broken: Default::default(),
+            gate: Default::default(),
+            begun: Default::default(),
         }
     }
 }
@@ -59,10 +65,13 @@ impl Default for Memory {
 #[async_trait]
 impl Registry for Memory {
     async fn load(&self, name: &RegistrationName) -> Result<Stored, RegistryError> {
+        self.begun[0].fetch_add(1, std::sync::atomic::Ordering::SeqCst);
         let states = self.states.lock().unwrap();
         Ok(states.get(name).cloned().unwrap_or(Stored { state: State::Absent, version: 0 }))
     }
     async fn store(&self, name: &RegistrationName, expected: u64, state: &State) -> Result<u64, RegistryError> {
+        self.begun[1].fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        let _open = self.gate.lock().await;
         if self.broken.load(std::sync::atomic::Ordering::SeqCst) {
             return Err(RegistryError::Unavailable("no space left on device".to_owned()));
         }
