@@ -138,6 +138,8 @@ fn naming(what: &str) -> anyhow::Result<Vec<String>> {
 fn played_with() -> anyhow::Result<()> {
     let cluster = Machines::new()?;
     let up = cluster.up()?;
+    // Before, the second may be the first to have the directory.
+    up.wait_for_line(UP_WITHIN, |line| line.contains("start ..."))?;
     cluster.refuse(&["up"], 1, "it is up already")?;
     let ready = up.wait_for_line(UP_WITHIN, |line| line.starts_with("Ready."));
     ready.with_context(|| format!("{}\n{}", up.tail(), String::from_utf8_lossy(&log(&cluster, "node"))))?;
