@@ -13,7 +13,7 @@ use onboarding_packages::published::{self, Outcome};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use support::*;
 
 /// A repository, its key, and a place for recipes.
@@ -83,6 +83,9 @@ fn tamper(path: &Path) {
     content[place] ^= 1;
     let new = path.with_extension("new");
     fs::write(&new, content).unwrap();
+    // HTTP's times are in seconds: within the same one it would not be another file.
+    let later = fs::metadata(path).unwrap().modified().unwrap() + Duration::from_secs(2);
+    fs::File::options().append(true).open(&new).unwrap().set_modified(later).unwrap();
     fs::rename(new, path).unwrap();
 }
 
