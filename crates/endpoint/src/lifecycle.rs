@@ -276,7 +276,7 @@ impl Sessions {
         open.by_session.insert(session, (name.clone(), sender));
         receiver
     }
-    pub(crate) fn is_on_record(&self, name: &RegistrationName, session: &str) {
+    pub(crate) fn put_on_record(&self, name: &RegistrationName, session: &str) {
         if let Some(newest) = self.lock().newest.get_mut(name).filter(|newest| newest.session == session) {
             newest.on_record = true;
         }

@@ -102,7 +102,7 @@ async fn open(
 async fn connect(authority: &Authority, claims: &Claims, session: &str) -> Result<(), Status> {
     let connect = Event::Connect { replica: authority.replica.clone(), session: session.to_owned(), key: claims.key };
     let state = authority.lifecycle.apply(&claims.subject, connect).await.map_err(apply_status)?;
-    authority.lifecycle.sessions().is_on_record(&claims.subject, session);
+    authority.lifecycle.sessions().put_on_record(&claims.subject, session);
     let now = authority.snapshot();
     match authority.lifecycle.enforce(&claims.subject, &state, &now).await.map_err(apply_status)? {
         true => Ok(()),
