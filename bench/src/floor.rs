@@ -11,6 +11,7 @@ use aws_lc_rs::signature::{
     RSA_PKCS1_2048_8192_SHA256, RSA_PKCS1_SHA256,
 };
 use nix::time::{ClockId, clock_gettime};
+use onboarding_testkit::oidc::MadeTls;
 use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -43,7 +44,7 @@ impl Cryptography {
         let mut rsa_signature = vec![0; rsa.public_modulus_len()];
         rsa.sign(&RSA_PKCS1_SHA256, &random, &message, &mut rsa_signature).context("an RSA signature")?;
         let rsa_public = ParsedPublicKey::new(&RSA_PKCS1_2048_8192_SHA256, rsa.public_key().as_ref())?;
-        let tls = Tls::new(world)?;
+        let tls = Tls::new(world.tls())?;
         Ok(Self {
             handshake: tls.server_seconds(count)?,
             verify: machine::per_call(count, || {
@@ -72,9 +73,8 @@ pub struct Tls {
 
 impl Tls {
     /// # Errors
-    /// The world's certificate can't be used.
-    pub fn new(world: &World) -> anyhow::Result<Self> {
-        let made = world.tls();
+    /// The certificate can't be used.
+    pub fn new(made: &MadeTls) -> anyhow::Result<Self> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let certificates = |text: &str| {
             CertificateDer::pem_slice_iter(text.as_bytes()).collect::<Result<Vec<_>, _>>().context("a certificate")
@@ -99,6 +99,10 @@ impl Tls {
         client.resumption = rustls::client::Resumption::disabled();
         client.alpn_protocols = vec![b"h2".to_vec()];
         Ok(Self { server: Arc::new(server), client: Arc::new(client) })
+    }
+
+    pub fn server(&self) -> Arc<ServerConfig> {
+        self.server.clone()
     }
 
     /// A server's connection after its handshake, and the CPU time that the server's side took.

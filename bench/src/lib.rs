@@ -4,6 +4,7 @@
 //! agents do; what is measured is the real `onboarding-plane`, as a process of its own.
 #![allow(clippy::print_stdout, reason = "it prints a table, and what it is doing")]
 
+pub mod bare;
 pub mod crowd;
 pub mod figures;
 pub mod floor;

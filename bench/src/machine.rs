@@ -4,6 +4,7 @@ use anyhow::Context;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::{Pid, SysconfVar, sysconf};
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// As many open files as the hard limit allows: each agent of a crowd is one here and one in the plane.
@@ -44,6 +45,16 @@ pub fn keep_to_other_cores() -> anyhow::Result<()> {
         "--one-core needs a core for the load besides the plane's"
     );
     sched_setaffinity(own, &cores).context("leaving a core to the plane")
+}
+
+/// A program that is measured: with `one_core` on [`PLANES_CORE`] alone.
+pub fn on_planes_core(binary: &Path, one_core: bool) -> Command {
+    if !one_core {
+        return Command::new(binary);
+    }
+    let mut command = Command::new("taskset");
+    command.arg("--cpu-list").arg(PLANES_CORE.to_string()).arg(binary);
+    command
 }
 
 /// User and system time that a process has used, its ended threads included; in steps of 10 ms.

@@ -19,6 +19,8 @@ use std::time::Instant;
   dev/bench --quick --json figures.json"
 )]
 struct Args {
+    #[command(subcommand)]
+    only: Option<Only>,
     /// Which ones; absent: all.
     #[arg(long, value_enum, num_args = 1.., value_name = "NAME")]
     figure: Vec<Name>,
@@ -39,12 +41,23 @@ struct Args {
     directory: Option<PathBuf>,
 }
 
+#[derive(Debug, clap::Subcommand)]
+enum Only {
+    /// What `--figure join` starts for its floor.
+    #[command(hide = true)]
+    BareServer { directory: PathBuf },
+}
+
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
+    let descriptors = machine::raise_limit()?;
+    if let Some(Only::BareServer { directory }) = args.only {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+        return runtime.block_on(onboarding_bench::bare::serve(&directory));
+    }
     if args.one_core {
         machine::keep_to_other_cores()?;
     }
-    let descriptors = machine::raise_limit()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let own = std::env::current_exe().context("finding this program")?;
     let bench = Bench {

@@ -12,7 +12,7 @@ use onboarding_testkit::oidc::{self, MadeTls, Oidc};
 use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
@@ -286,13 +286,7 @@ fn start(
     listen: SocketAddr,
     admin: SocketAddr,
 ) -> anyhow::Result<Child> {
-    let mut command = if one_core {
-        let mut command = Command::new("taskset");
-        command.arg("--cpu-list").arg(machine::PLANES_CORE.to_string()).arg(binary);
-        command
-    } else {
-        Command::new(binary)
-    };
+    let mut command = machine::on_planes_core(binary, one_core);
     let log = File::options().create(true).append(true).open(directory.join("log"))?;
     command
         .arg("standalone")

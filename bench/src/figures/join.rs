@@ -1,6 +1,7 @@
 //! Joins: connect, Discover, AuthorizeOnboarding, RegisterWorkload, durable. What they cost the plane beside their cryptography.
 
 use super::Bench;
+use crate::bare::Bare;
 use crate::crowd::{Crowd, Evidence};
 use crate::floor::Cryptography;
 use crate::machine;
@@ -48,11 +49,18 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
     figures.push(Figure::new("floor: fdatasync of 4 KiB", "ms", fsyncs.clone()));
 
     let levels: &[usize] = if bench.one_core { &[1, 8, 32] } else { &[1, 8, 64] };
+    let bare = bare(bench, started, &world, levels).await?;
     for (kind, evidence) in [("JWT", world.jwt()), ("EC2 document", world.ec2_document())] {
         let measured = measure(bench, started, &world, kind, evidence, levels).await?;
         let alone = measured.first().map(|first| first.p50.clone()).unwrap_or_default();
-        for (level, samples) in levels.iter().zip(measured) {
-            figures.extend(rows(bench, kind, *level, samples, &floor, &fsyncs, &alone));
+        for ((level, samples), bare) in levels.iter().zip(measured).zip(&bare) {
+            figures.extend(rows(
+                bench,
+                kind,
+                *level,
+                samples,
+                Floors { cryptography: &floor, bare, fsyncs: &fsyncs, alone: &alone },
+            ));
         }
     }
     Ok(figures)
@@ -74,8 +82,7 @@ async fn measure(
         bench.say(started, &format!("{kind}, {level} at once"));
         let mut samples = Samples::default();
         for _ in 0..bench.repeat {
-            // Enough of them for a clock that ticks a hundred times a second.
-            let count = bench.count(level.max(10), if level == 1 { 400 } else { 1500 });
+            let count = counted(bench, level);
             let newcomers = crowd.newcomers(count)?;
             let before = plane.cpu_time()?;
             let joins = crowd.join(newcomers, level).await;
@@ -93,6 +100,48 @@ async fn measure(
         all.push(samples);
     }
     Ok(all)
+}
+
+/// The libraries alone: the CPU of a join that is answered with constants, of each number at once.
+async fn bare(bench: &Bench, started: Instant, world: &World, levels: &[usize]) -> anyhow::Result<Vec<Vec<f64>>> {
+    let server = Bare::start(bench, world)?;
+    let crowd = Crowd::new(&server.target(), world.jwt(), world.whereto())?;
+    crowd.join(crowd.newcomers(bench.count(5, WARM_UP))?, 4).await;
+    let mut all = Vec::new();
+    for &level in levels {
+        bench.say(started, &format!("TLS and HTTP/2 alone, {level} at once"));
+        let mut samples = Vec::new();
+        for _ in 0..bench.repeat {
+            let count = counted(bench, level);
+            let newcomers = crowd.newcomers(count)?;
+            let before = server.cpu_time()?;
+            let joins = crowd.join(newcomers, level).await;
+            ensure!(joins.failures.is_empty(), "{} joins failed: {:?}", joins.failures.len(), joins.failures.first());
+            drop(joins.joined);
+            idle(&server).await?;
+            samples.push((server.cpu_time()? - before).as_secs_f64() * 1e3 / count as f64);
+        }
+        all.push(samples);
+    }
+    Ok(all)
+}
+
+/// It has no metrics: it is done with the connections that ended when it computes no more.
+async fn idle(server: &Bare) -> anyhow::Result<()> {
+    let mut before = server.cpu_time()?;
+    loop {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let now = server.cpu_time()?;
+        if now == before {
+            return Ok(());
+        }
+        before = now;
+    }
+}
+
+/// Enough of them for a clock that ticks a hundred times a second.
+fn counted(bench: &Bench, level: usize) -> usize {
+    bench.count(level.max(10), if level == 1 { 400 } else { 1500 })
 }
 
 async fn closed(plane: &Plane) -> anyhow::Result<()> {
@@ -117,21 +166,25 @@ fn peers(level: usize) -> Option<[(&'static str, f64, f64, Option<f64>); 2]> {
     }
 }
 
-fn rows(
-    bench: &Bench,
-    kind: &str,
-    level: usize,
-    samples: Samples,
-    floor: &[f64],
-    fsyncs: &[f64],
-    alone: &[f64],
-) -> Vec<Figure> {
+/// What the figures of one number at once stand beside, in ms.
+struct Floors<'a> {
+    cryptography: &'a [f64],
+    /// The same connection and calls, with nothing behind them.
+    bare: &'a [f64],
+    fsyncs: &'a [f64],
+    /// The median of one agent alone.
+    alone: &'a [f64],
+}
+
+fn rows(bench: &Bench, kind: &str, level: usize, samples: Samples, floors: Floors<'_>) -> Vec<Figure> {
+    let Floors { cryptography, bare, fsyncs, alone } = floors;
     let name = |what: &str| format!("join, {kind}, {level} at once: {what}");
     let mut rate = Figure::new(name("rate"), "joins/s", samples.rate);
     let mut p50 = Figure::new(name("p50"), "ms", samples.p50.clone());
     let mut p99 = Figure::new(name("p99"), "ms", samples.p99);
     let mut cpu = Figure::new(name("plane's CPU"), "ms", samples.cpu)
-        .against("its cryptography", floor.to_vec())
+        .against("its cryptography", cryptography.to_vec())
+        .against("TLS and HTTP/2 with constant answers", bare.to_vec())
         .goal("at most 2 x its cryptography");
     if level == 1 {
         p50 = p50.against("one fdatasync", fsyncs.to_vec());

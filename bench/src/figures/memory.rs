@@ -1,8 +1,10 @@
 //! Resident memory of the plane per idle connected agent.
 
 use super::Bench;
+use crate::bare::Bare;
 use crate::crowd::{Crowd, Habits};
 use crate::floor::Tls;
+use crate::machine;
 use crate::plane::{Plane, World};
 use crate::table::Figure;
 use anyhow::ensure;
@@ -18,10 +20,12 @@ const PEERS: &str = "measured earlier, same kind of machine; issue 7";
 pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
     let started = Instant::now();
     let world = World::start().await?;
-    let tls = Tls::new(&world)?;
+    let tls = Tls::new(world.tls())?;
     // What the allocator keeps from the first time would be missing in the second.
     bench.say(started, "the TLS library's own state of a connection");
     let floor = vec![tls.bytes_per_connection(bench.count(1000, 10_000))? / 1024.0];
+    bench.say(started, "TLS and HTTP/2 with a session, nothing behind them");
+    let bare = vec![bare(bench, &world).await?];
     let mut sizes = if bench.quick { vec![1000] } else { vec![1000, 10_000, 50_000] };
     // Each agent is an open file here and one in the plane, whose limit is the same.
     let most = bench.descriptors.saturating_sub(OTHER_FILES);
@@ -39,7 +43,7 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
         let crowd = Crowd::new(&plane.target(), world.cheap(), world.whereto())?;
         // The pools, the metrics, the first pages of everything.
         crowd.join(crowd.newcomers(20)?, 4).await;
-        let empty = still(&plane).await?;
+        let empty = still(plane.pid()).await?;
         let mut crowds = Vec::new();
         let mut there = 0;
         // The largest once: it takes as long as all others together.
@@ -51,7 +55,7 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
             members.until(CONNECTED_WITHIN, |status| status.connected && status.boots > 0).await?;
             crowds.push(members);
             there = *size;
-            let full = still(&plane).await?;
+            let full = still(plane.pid()).await?;
             samples.push(full.saturating_sub(empty) as f64 / 1024.0 / *size as f64);
             if *size >= 10_000 || bench.quick {
                 let (before, idle) = (plane.cpu_time()?, Instant::now());
@@ -70,6 +74,7 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
         .map(|(size, samples)| {
             Figure::new(format!("plane's memory per idle agent, {size} of them"), "KiB", samples)
                 .against("the TLS library's state alone", floor.clone())
+                .against("TLS and HTTP/2 with a session, nothing behind them", bare.clone())
                 .beside("SPIRE 1.13.3", 128.0, PEERS)
                 .goal("32 KiB")
         })
@@ -78,13 +83,27 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
     Ok(figures)
 }
 
+/// KiB of the libraries for each connection with an open session.
+async fn bare(bench: &Bench, world: &World) -> anyhow::Result<f64> {
+    let server = Bare::start(bench, world)?;
+    let crowd = Crowd::new(&server.target(), world.cheap(), world.whereto())?;
+    crowd.join(crowd.newcomers(20)?, 4).await;
+    let empty = still(server.pid()).await?;
+    let size = 1000;
+    let joins = crowd.join(crowd.newcomers(size)?, LINES).await;
+    ensure!(joins.failures.is_empty(), "{} joins failed: {:?}", joins.failures.len(), joins.failures.first());
+    let members = crowd.stay(joins.joined, Habits::default());
+    members.until(CONNECTED_WITHIN, |status| status.connected && status.boots > 0).await?;
+    Ok(still(server.pid()).await?.saturating_sub(empty) as f64 / 1024.0 / size as f64)
+}
+
 /// Resident bytes once they have stopped changing: what joining needed has been given back.
-async fn still(plane: &Plane) -> anyhow::Result<u64> {
+async fn still(pid: i32) -> anyhow::Result<u64> {
     let began = Instant::now();
-    let mut last = plane.memory()?.resident;
+    let mut last = machine::memory(pid)?.resident;
     loop {
         tokio::time::sleep(Duration::from_millis(1500)).await;
-        let now = plane.memory()?.resident;
+        let now = machine::memory(pid)?.resident;
         if now.abs_diff(last) <= now / 500 || began.elapsed() > STILL_WITHIN {
             return Ok(now);
         }

@@ -16,7 +16,7 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
     let started = Instant::now();
     let world = World::start().await?;
     let size = bench.count(200, 10_000);
-    let tls = Tls::new(&world)?;
+    let tls = Tls::new(world.tls())?;
     let handshakes: Vec<f64> = (0..bench.repeat)
         .map(|_| Ok(tls.server_seconds(bench.count(20, 500))? * size as f64))
         .collect::<anyhow::Result<_>>()?;

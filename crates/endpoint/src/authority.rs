@@ -40,7 +40,7 @@ pub(crate) struct Authority {
 
 /// A call whose token was accepted.
 pub(crate) struct Caller {
-    pub(crate) claims: Claims,
+    pub(crate) claims: Arc<Claims>,
     pub(crate) snapshot: Arc<Snapshot>,
     pub(crate) plane: Arc<PlaneSettings>,
 }
@@ -98,7 +98,14 @@ impl Authority {
                 key
             }
         };
-        let claims = self.tokens.read(token).await.map_err(token_status)?;
+        let claims = match connection.known(token) {
+            Some(claims) => claims,
+            None => {
+                let claims = Arc::new(self.tokens.read(token).await.map_err(token_status)?);
+                connection.know(token, &claims);
+                claims
+            }
+        };
         accept(&claims, &plane.uid, key, Timestamp::now())
             .map_err(|refusal| Status::unauthenticated(refusal.to_string()))?;
         connection.set_admitted();

@@ -72,8 +72,10 @@ impl Authority {
         entry.token_id = Some(&claims.id);
         self.write_down(&entry).await?;
         let token = self.tokens.sign(&claims).map_err(token_status)?;
+        let claims = Arc::new(claims);
         connection.set_proven(claims.key);
         connection.set_admitted();
+        connection.know(&token, &claims);
         tracing::info!(registration = %claims.subject, peer = %connection.peer, policy, rule, "authorized");
         self.metrics.authorization_seconds.observe(started.elapsed().as_secs_f64());
         Ok(pb::AuthorizeOnboardingResponse {

@@ -1,12 +1,14 @@
 //! What is known of one connection: its peer, its challenge, and the key that it has proven.
 
 use crate::limits::{Budget, exhausted};
+use aws_lc_rs::digest::{SHA256, digest};
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1, ParsedPublicKey};
 use onboarding_core::identity::Thumbprint;
+use onboarding_core::token::Claims;
 use onboarding_wire::onboarding::KeyProof;
 use onboarding_wire::proof::{Purpose, signed_bytes, thumbprint};
 use std::net::SocketAddr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tonic::{Request, Status};
 
@@ -35,8 +37,18 @@ struct Facts {
     challenge: Option<Challenge>,
     proven: Option<Thumbprint>,
     admitted: bool,
+    /// The last token of ours on it.
+    token: Option<Known>,
     /// Begins with the first authorization.
     authorizations: Option<Budget>,
+}
+
+/// A token that this plane signed or verified on this connection: its signature is good for as long as the connection lives.
+#[derive(Debug)]
+struct Known {
+    /// SHA-256 of the token, which is twenty times as long.
+    token: [u8; 32],
+    claims: Arc<Claims>,
 }
 
 impl Connection {
@@ -45,10 +57,10 @@ impl Connection {
     }
 
     /// The connection that a request came on.
-    pub(crate) fn of<T>(request: &Request<T>) -> Result<std::sync::Arc<Self>, Status> {
+    pub(crate) fn of<T>(request: &Request<T>) -> Result<Arc<Self>, Status> {
         request
             .extensions()
-            .get::<std::sync::Arc<Self>>()
+            .get::<Arc<Self>>()
             .cloned()
             .ok_or_else(|| Status::internal("the request came on no connection of this endpoint"))
     }
@@ -117,8 +129,24 @@ impl Connection {
         self.lock().admitted = true;
     }
 
+    /// A token whose signature is ours; what it says may be used is judged each time anew.
+    pub(crate) fn know(&self, token: &str, claims: &Arc<Claims>) {
+        self.lock().token = Some(Known { token: sha256(token), claims: claims.clone() });
+    }
+
+    pub(crate) fn known(&self, token: &str) -> Option<Arc<Claims>> {
+        let facts = self.lock();
+        facts.token.as_ref().filter(|known| known.token == sha256(token)).map(|known| known.claims.clone())
+    }
+
     fn lock(&self) -> MutexGuard<'_, Facts> {
-        // Two options are whole whatever panicked while they were held.
+        // Each of them is whole whatever panicked while they were held.
         self.facts.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn sha256(token: &str) -> [u8; 32] {
+    let mut sum = [0; 32];
+    sum.copy_from_slice(digest(&SHA256, token.as_bytes()).as_ref());
+    sum
 }

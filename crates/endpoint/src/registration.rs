@@ -34,21 +34,19 @@ impl Authority {
         let group = admission.map_err(|refused| refused.status)?.group;
         WorkloadEntry::new(claims.subject.clone(), group, &claims.attested.identity, &report)
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
-        let name = claims.subject.clone();
-        let identity = claims.attested.identity.clone();
-        let group = claims.group.clone();
         let event = Event::Register(Box::new(Register {
-            group: claims.group,
-            attested: claims.attested,
+            group: claims.group.clone(),
+            attested: claims.attested.clone(),
             key: claims.key,
             report,
             token_issued_at: claims.issued_at,
             token_expires_at: claims.expires_at,
         }));
-        let state = self.lifecycle.apply(&name, event).await.map_err(apply_status)?;
+        let name = &claims.subject;
+        let state = self.lifecycle.apply(name, event).await.map_err(apply_status)?;
         let now = self.snapshot();
-        if !self.lifecycle.enforce(&name, &state, &now).await.map_err(apply_status)? {
-            return Err(not_admitted_any_more(&now, &identity, &group));
+        if !self.lifecycle.enforce(name, &state, &now).await.map_err(apply_status)? {
+            return Err(not_admitted_any_more(&now, &claims.attested.identity, &claims.group));
         }
         tracing::info!(registration = %name, peer = %connection.peer, "registered");
         Ok(pb::RegisterWorkloadResponse { name: name.to_string() })

@@ -113,7 +113,7 @@ async fn connect(authority: &Authority, claims: &Claims, session: &str) -> Resul
 struct Session {
     authority: Arc<Authority>,
     connection: Arc<Connection>,
-    claims: Claims,
+    claims: Arc<Claims>,
     workload: Workload,
     session: String,
     outgoing: Outgoing,

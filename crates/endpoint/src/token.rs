@@ -7,7 +7,7 @@ use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPai
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use jiff::Timestamp;
-use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation, decode, decode_header, encode};
+use jsonwebtoken::{Algorithm, DecodingKey, Header, Validation, decode, decode_header};
 use onboarding_core::identity::{Attested, Identity, Replay};
 use onboarding_core::name::{GroupName, RegistrationName};
 use onboarding_core::registration::LONGEST_TOKEN_LIFE;
@@ -47,10 +47,34 @@ struct Ring {
     verifying: HashMap<String, DecodingKey>,
 }
 
+/// Ready to sign: `jsonwebtoken::encode` reads the key anew for each token, which takes longer than signing with it.
 struct SigningKey {
-    id: String,
-    key: EncodingKey,
+    pair: EcdsaKeyPair,
+    random: SystemRandom,
+    /// The protected header with its dot: all tokens of a key have the same.
+    header: String,
     created_at: Timestamp,
+}
+
+impl SigningKey {
+    fn new(id: &str, pair: EcdsaKeyPair, created_at: Timestamp) -> Result<Self, serde_json::Error> {
+        let header = Header { kid: Some(id.to_owned()), ..Header::new(Algorithm::ES256) };
+        let header = URL_SAFE_NO_PAD.encode(serde_json::to_vec(&header)?) + ".";
+        Ok(Self { pair, random: SystemRandom::new(), header, created_at })
+    }
+
+    /// In JWS Compact Serialization (RFC 7515, section 7.1).
+    fn sign(&self, claims: &Wire) -> Result<String, TokenError> {
+        let failed = |why: String| TokenError::Unavailable(format!("signing: {why}"));
+        let payload = serde_json::to_vec(claims).map_err(|error| failed(error.to_string()))?;
+        let mut token = self.header.clone();
+        URL_SAFE_NO_PAD.encode_string(payload, &mut token);
+        let signature =
+            self.pair.sign(&self.random, token.as_bytes()).map_err(|_| failed("the library refuses".to_owned()))?;
+        token.push('.');
+        URL_SAFE_NO_PAD.encode_string(signature, &mut token);
+        Ok(token)
+    }
 }
 
 /// As kept in the store.
@@ -112,9 +136,7 @@ impl Tokens {
         let signing = ring
             .signing_key(claims.issued_at)
             .ok_or_else(|| TokenError::Unavailable("there is no key that may sign".to_owned()))?;
-        let header = Header { kid: Some(signing.id.clone()), ..Header::new(Algorithm::ES256) };
-        encode(&header, &Wire::from(claims), &signing.key)
-            .map_err(|error| TokenError::Unavailable(format!("signing: {error}")))
+        signing.sign(&Wire::from(claims))
     }
 
     /// What a token of ours says. Whether it may be used is [`onboarding_core::token::accept`]'s to say.
@@ -217,8 +239,8 @@ impl Ring {
             let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &pkcs8).map_err(|_| damaged())?;
             ring.verifying.insert(stored.kid.clone(), DecodingKey::from_ec_der(pair.public_key().as_ref()));
             if ring.signing.as_ref().is_none_or(|newest| newest.created_at <= stored.created_at) {
-                let (id, key) = (stored.kid.clone(), EncodingKey::from_ec_der(&pkcs8));
-                ring.signing = Some(SigningKey { id, key, created_at: stored.created_at });
+                let signing = SigningKey::new(&stored.kid, pair, stored.created_at);
+                ring.signing = Some(signing.map_err(|error| TokenError::Unavailable(error.to_string()))?);
             }
         }
         Ok(ring)
