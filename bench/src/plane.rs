@@ -24,6 +24,8 @@ pub const UID: &str = "https://onboarding-endpoint.your-company.corp";
 pub const NAMESPACE: &str = "bookinfo";
 pub const GROUP: &str = "ratings";
 const REGION: &str = "us-east-2";
+/// In a directory of their own: the plane watches the parent of its manifests as well, and would be woken by its own log.
+pub const MANIFESTS: &str = "config/manifests";
 const READY_WITHIN: Duration = Duration::from_secs(60);
 
 /// Who vouches for the hosts: an issuer and a region of AWS, which the plane's manifests name.
@@ -181,7 +183,7 @@ impl Plane {
         let binary = bench.binaries.join("onboarding-plane");
         ensure!(binary.exists(), "there is no {}; dev/bench builds it", binary.display());
         let directory = tempfile::Builder::new().prefix("onboarding-bench-").tempdir_in(&bench.directory)?;
-        std::fs::create_dir(directory.path().join("manifests"))?;
+        std::fs::create_dir_all(directory.path().join(MANIFESTS))?;
         std::fs::write(directory.path().join("aws.pem"), world.region.pinned())?;
         let (listen, admin) = (free_port()?, free_port()?);
         let child = start(&binary, directory.path(), bench.one_core, listen, admin)?;
@@ -215,7 +217,7 @@ impl Plane {
 
     /// Written beside and renamed, as an editor or a deployment does it.
     pub fn write_manifest(&self, name: &str, text: &str) -> anyhow::Result<()> {
-        let manifests = self.directory.path().join("manifests");
+        let manifests = self.directory.path().join(MANIFESTS);
         let draft = self.directory.path().join(format!("{name}.draft"));
         std::fs::write(&draft, text)?;
         std::fs::rename(&draft, manifests.join(name)).with_context(|| format!("writing the manifest {name}"))
@@ -291,7 +293,7 @@ fn start(
     command
         .arg("standalone")
         .arg("--manifests")
-        .arg(directory.join("manifests"))
+        .arg(directory.join(MANIFESTS))
         .arg("--data-dir")
         .arg(directory.join("data"))
         .arg("--aws-extra-certificates")

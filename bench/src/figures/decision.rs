@@ -3,7 +3,7 @@
 use super::Bench;
 use crate::crowd::{Crowd, Habits, Members};
 use crate::machine;
-use crate::plane::{GROUP, NAMESPACE, Plane, World};
+use crate::plane::{GROUP, MANIFESTS, NAMESPACE, Plane, World};
 use crate::table::Figure;
 use anyhow::{Context, ensure};
 use onboarding_core::group::WorkloadGroup;
@@ -130,7 +130,7 @@ async fn recheck(bench: &Bench, started: Instant) -> anyhow::Result<Vec<Figure>>
     let among = one_is_withdrawn(bench, &world, &plane, &others).await?;
     bench.say(started, "nobody is admitted any more");
     let (before, began) = (plane.cpu_time()?, Instant::now());
-    std::fs::remove_file(plane.directory().join("manifests/policy.yaml"))?;
+    std::fs::remove_file(plane.directory().join(MANIFESTS).join("policy.yaml"))?;
     let all = told(&members, began).await?;
     let cpu = (plane.cpu_time()? - before).as_secs_f64();
     let difference = |pair: (&f64, &f64)| (pair.0 - pair.1).max(0.0);
@@ -164,7 +164,7 @@ async fn one_is_withdrawn(bench: &Bench, world: &World, plane: &Plane, crowd: &C
         let member = crowd.stay(joined, Habits { come_back: false, ..Habits::default() });
         member.until(CONNECTED_WITHIN, |status| status.connected && status.boots > 0).await?;
         let began = Instant::now();
-        std::fs::remove_file(plane.directory().join("manifests/one.yaml"))?;
+        std::fs::remove_file(plane.directory().join(MANIFESTS).join("one.yaml"))?;
         milliseconds.push(told(&member, began).await? * 1e3);
     }
     Ok(milliseconds)

@@ -29,7 +29,8 @@ pub struct World {
     backends: Vec<Backend>,
     /// Of the mesh's Sidecars, in their order.
     outbounds: Vec<Arc<Outbound>>,
-    seats: BTreeMap<RegistrationName, Seat>,
+    /// Shared names: each world has its own map of them.
+    seats: BTreeMap<Arc<RegistrationName>, Seat>,
     pub faults: Vec<String>,
 }
 
@@ -91,7 +92,7 @@ impl World {
             match stored {
                 Some(stored) => {
                     let seat = self.seat(&mesh, &name, stored);
-                    seats.insert(name, seat);
+                    seats.insert(Arc::new(name), seat);
                 }
                 None => {
                     seats.remove(&name);
@@ -99,8 +100,13 @@ impl World {
             }
         }
         if configured {
-            seats =
-                seats.into_iter().map(|(name, seat)| (name.clone(), self.seat(&mesh, &name, seat.stored))).collect();
+            seats = seats
+                .into_iter()
+                .map(|(name, seat)| {
+                    let seat = self.seat(&mesh, &name, seat.stored);
+                    (name, seat)
+                })
+                .collect();
         }
         touched.extend(names.iter().filter_map(|name| seats.get(name)?.member.clone().ok()));
 

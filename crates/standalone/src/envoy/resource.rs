@@ -50,7 +50,8 @@ impl Eq for Resource {}
 
 impl Resource {
     pub(super) fn new(kind: XdsType, name: &str, value: &impl Serialize) -> Arc<Self> {
-        let json = Bytes::from(by_lines(value));
+        // Without spare room: it is kept for as long as the workload is in the mesh.
+        let json = Bytes::from(by_lines(value).into_boxed_slice());
         let mut context = Context::new(&SHA256);
         context.update(kind.as_str_name().as_bytes());
         context.update(&[0]);
