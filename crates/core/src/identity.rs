@@ -123,6 +123,11 @@ pub enum AttributeValue {
 }
 
 impl AttributeValue {
+    /// An array, of its elements as text. `None`, as for any other shape that never matches, if one of them isn't a scalar.
+    pub fn array(elements: impl IntoIterator<Item = Option<String>>) -> Option<Self> {
+        elements.into_iter().collect::<Option<_>>().map(Self::Any)
+    }
+
     pub fn values(&self) -> &[String] {
         match self {
             Self::One(value) => std::slice::from_ref(value),

@@ -293,10 +293,10 @@ impl Reading {
     }
 }
 
-/// Scalars, and lists with what of them is scalar; `None` for what never matches.
+/// Scalars and lists of them; `None` for what never matches.
 fn attribute(node: &Node) -> Option<AttributeValue> {
     match &node.value {
-        NodeValue::List(items) => Some(AttributeValue::Any(items.iter().filter_map(scalar).collect())),
+        NodeValue::List(items) => AttributeValue::array(items.iter().map(scalar)),
         _ => scalar(node).map(AttributeValue::One),
     }
 }

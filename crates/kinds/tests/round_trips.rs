@@ -186,7 +186,7 @@ fn the_identities_of_the_reference() {
 
 #[test]
 fn attributes_are_compared_by_their_json_text() {
-    let text = "jwt: {issuer: i, subject: s, attributes: {a: 5, b: 1.50, c: true, d: [x, 2, {z: 1}, ~], e: {x: 1}, f: ~, g: 'yes', h: []}}";
+    let text = "jwt: {issuer: i, subject: s, attributes: {a: 5, b: 1.50, c: true, d: [x, 2, false], e: {x: 1}, f: ~, g: 'yes', h: [], i: [x, {z: 1}], j: [x, ~], k: [[x]]}}";
     let Ok(Identity::Jwt(jwt)) = identity::read_identity_file("f", text) else { panic!("not read") };
     let values: Vec<_> =
         jwt.attributes.iter().map(|(name, value)| (name.as_str(), value.stated().values().to_vec())).collect();
@@ -197,7 +197,7 @@ fn attributes_are_compared_by_their_json_text() {
             ("a", owned(&["5"])),
             ("b", owned(&["1.5"])),
             ("c", owned(&["true"])),
-            ("d", owned(&["x", "2"])),
+            ("d", owned(&["x", "2", "false"])),
             ("g", owned(&["yes"])),
             ("h", owned(&[])),
         ]

@@ -329,7 +329,7 @@ fn attributes(token: &Token, issuer: &Issuer) -> Result<BTreeMap<String, Attribu
         .iter()
         .filter_map(|(name, value)| {
             let value = match value {
-                Value::Array(all) => AttributeValue::Any(all.iter().map(scalar).collect::<Option<_>>()?),
+                Value::Array(all) => AttributeValue::array(all.iter().map(scalar))?,
                 value => AttributeValue::One(scalar(value)?),
             };
             Some((name.clone(), value))
