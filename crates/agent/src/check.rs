@@ -1,28 +1,32 @@
 //! `onboarding-agent check`: is this host ready to join, and if not, what to do about it. Changes nothing, needs no privileges.
 
-use crate::boot::HeldBoot;
-use crate::config::{Configuration, ConfigurationError, Sources};
+use crate::config::{Configuration, ConfigurationError};
 use crate::host;
+use crate::host::plugin;
 use crate::machine::CLOCK_SKEW;
 use crate::session::{Endpoint, Link};
+use crate::sidecar::{IstioWay, PilotAgent, pilot_agent_of};
+use crate::status::{Ingress, Status};
 use crate::store::{Store, with_source};
 use crate::trust::{Trust, TrustError};
-use crate::version;
+use crate::version::{self, VersionError};
 use jiff::Timestamp;
-use onboarding_kinds::agent::{AgentConfiguration, OnboardingConfiguration, TransportSecurity};
-use onboarding_wire::onboarding::IngressListener;
+use onboarding_kinds::agent::{AgentConfiguration, Host, OnboardingConfiguration, SidecarKind, TransportSecurity};
 use serde::Serialize;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 /// What is looked at.
 pub struct Subject {
-    pub sources: Sources,
+    pub configuration: Result<Configuration, ConfigurationError>,
     pub trust: Result<Trust, TrustError>,
     pub store: Store,
     /// Of Envoy.
     pub binary: PathBuf,
+    /// How the agent would run the sidecar of an Istio mesh, where the configuration can be read.
+    pub istio: Option<IstioWay>,
 }
 
 /// One thing that was looked at.
@@ -68,12 +72,13 @@ fn finding(what: &'static str, verdict: Verdict, message: impl Into<String>) -> 
 /// Looks at everything; one failure doesn't keep the rest from being looked at.
 pub async fn check(subject: &Subject) -> Vec<Finding> {
     let mut findings = Vec::new();
-    match Configuration::read(&subject.sources) {
+    match &subject.configuration {
         Ok(configuration) => {
             let (onboarding, agent) = &configuration.origins;
             findings.push(finding("configuration", Verdict::Ok, format!("{onboarding}; {agent}")));
             findings.extend(transport(&configuration.onboarding));
             findings.extend(endpoint(&configuration.onboarding, &subject.trust).await);
+            findings.extend(plugins(&configuration.agent));
             findings.extend(platform(&configuration.agent).await);
         }
         Err(error) => {
@@ -88,6 +93,9 @@ pub async fn check(subject: &Subject) -> Vec<Finding> {
         Ok(version) => finding("sidecar", Verdict::Ok, format!("{} is Envoy {version}", subject.binary.display())),
         Err(error) => finding("sidecar", Verdict::Fail, error.to_string()),
     });
+    if let (Ok(configuration), Some(IstioWay::PilotAgent(pilot_agent))) = (&subject.configuration, &subject.istio) {
+        findings.push(istio(&configuration.agent, pilot_agent).await);
+    }
     findings.extend(listeners(&subject.store, &subject.binary));
     findings
 }
@@ -149,6 +157,18 @@ fn clock(here: Timestamp, there: Timestamp) -> Finding {
     }
 }
 
+/// The programs that give credentials, which aren't run here: each credential is worth something. (The one that gives addresses is.)
+fn plugins(configuration: &AgentConfiguration) -> Vec<Finding> {
+    let Host::Custom { credentials, .. } = &configuration.host else { return Vec::new() };
+    credentials
+        .iter()
+        .map(|plugin| match plugin::find(plugin, std::env::var_os("PATH")) {
+            Ok(path) => finding("host", Verdict::Ok, format!("plugin {} is {}", plugin.name, path.display())),
+            Err(problem) => finding("host", Verdict::Fail, format!("plugin {}: {problem}", plugin.name)),
+        })
+        .collect()
+}
+
 async fn platform(configuration: &AgentConfiguration) -> Vec<Finding> {
     let host = match host::open(configuration).await {
         Ok(host) => host,
@@ -157,7 +177,8 @@ async fn platform(configuration: &AgentConfiguration) -> Vec<Finding> {
     let mut findings = vec![finding("host", Verdict::Ok, host.describe())];
     findings.push(match host.addresses().await {
         Ok(addresses) => {
-            let list: Vec<_> = addresses.iter().map(|address| format!("{} ({:?})", address.ip, address.kind)).collect();
+            let list: Vec<_> =
+                addresses.iter().map(|address| format!("{} ({})", address.ip, address.kind.word())).collect();
             finding("host", Verdict::Ok, format!("addresses to register: {}", list.join(", ")))
         }
         Err(error) => finding("host", Verdict::Fail, with_source(&error)),
@@ -165,21 +186,65 @@ async fn platform(configuration: &AgentConfiguration) -> Vec<Finding> {
     findings
 }
 
+/// What Envoy is started by in an Istio mesh.
+async fn istio(configuration: &AgentConfiguration, pilot_agent: &PilotAgent) -> Finding {
+    let PilotAgent { binary, template } = pilot_agent;
+    match version::pilot_agent(binary).await {
+        Ok(_) if !template.is_file() => {
+            let message = format!(
+                "pilot-agent's template {} is missing; install the istio-sidecar package, or name it with --bootstrap-template",
+                template.display()
+            );
+            finding("sidecar", Verdict::Fail, message)
+        }
+        Ok(version) => finding("sidecar", Verdict::Ok, format!("{} is pilot-agent {version}", binary.display())),
+        Err(error) => {
+            let of_revision = match (&error, &configuration.sidecar.kind) {
+                (VersionError::NoPilotAgent(_), Some(SidecarKind::Istio { revision: Some(revision) })) => {
+                    format!(" (nor is there {})", pilot_agent_of(revision).display())
+                }
+                _ => String::new(),
+            };
+            finding("sidecar", Verdict::Fail, format!("{error}{of_revision}"))
+        }
+    }
+}
+
 /// Who listens where, of the ports that the sidecar will want.
 fn listeners(store: &Store, binary: &Path) -> Vec<Finding> {
-    let Some(boot) = store.boot() else {
-        return vec![finding(
-            "application",
-            Verdict::Ok,
-            "not looked at: the ingress listeners are known once the agent has joined (and to its own user and root)",
-        )];
-    };
     let table = |path| std::fs::read_to_string(path).unwrap_or_default();
     let mut listening = parse_listening(&table("/proc/net/tcp"));
     listening.extend(parse_listening(&table("/proc/net/tcp6")));
-    let mut findings = application(&boot, &listening, &own_addresses());
-    findings.extend(low_ports(&boot.ingress, low_port_rights(binary)));
+    let Some(ingress) = ingress(store) else { return vec![unknown(&listening)] };
+    let mut findings = application(&ingress, &listening, &own_addresses());
+    findings.extend(low_ports(&ingress, low_port_rights(binary)));
     findings
+}
+
+/// Only the agent's user and root may read the boot configuration; everybody may read the status.
+fn ingress(store: &Store) -> Option<Vec<Ingress>> {
+    match store.boot() {
+        Some(boot) => Some(Ingress::of(&boot)),
+        None => Status::read(store).ok().flatten()?.ingress,
+    }
+}
+
+/// Which ports are the sidecar's nobody here can say: whoever reads this knows which are the application's.
+fn unknown(listening: &[SocketAddr]) -> Finding {
+    let open: BTreeSet<_> =
+        listening.iter().filter(|address| address.ip().is_unspecified()).map(ToString::to_string).collect();
+    let open = match open.is_empty() {
+        true => "nothing listens on every address of this host".to_owned(),
+        false => format!(
+            "these listen on every address of this host: {}; if the application is one of them, let it listen on 127.0.0.1 only",
+            open.into_iter().collect::<Vec<_>>().join(", ")
+        ),
+    };
+    finding(
+        "application",
+        Verdict::Warn,
+        format!("the sidecar's ports aren't known before the agent has joined; {open}"),
+    )
 }
 
 /// Addresses of this host that are no loopback.
@@ -226,9 +291,9 @@ pub fn parse_listening(table: &str) -> Vec<SocketAddr> {
 }
 
 /// An application on every address of an ingress listener's port blocks the sidecar, and can be reached around it.
-fn application(boot: &HeldBoot, listening: &[SocketAddr], own: &[IpAddr]) -> Vec<Finding> {
+fn application(ingress: &[Ingress], listening: &[SocketAddr], own: &[IpAddr]) -> Vec<Finding> {
     let mut findings = Vec::new();
-    for ingress in &boot.ingress {
+    for ingress in ingress {
         let Ok(port) = u16::try_from(ingress.port) else { continue };
         let here: Vec<_> = listening.iter().filter(|address| address.port() == port).collect();
         if let Some(address) = here.iter().find(|address| address.ip().is_unspecified()) {
@@ -318,7 +383,7 @@ fn has_file_capability(binary: &Path) -> bool {
     })
 }
 
-fn low_ports(ingress: &[IngressListener], rights: LowPortRights) -> Option<Finding> {
+fn low_ports(ingress: &[Ingress], rights: LowPortRights) -> Option<Finding> {
     let low: Vec<_> = ingress
         .iter()
         .map(|listener| listener.port)

@@ -1,8 +1,7 @@
 use super::*;
 
-fn boot(port: u32, default_endpoint: &str) -> HeldBoot {
-    let ingress = IngressListener { bind: String::new(), port, default_endpoint: default_endpoint.to_owned() };
-    HeldBoot { ingress: vec![ingress], ..HeldBoot::default() }
+fn ingress(port: u32, default_endpoint: &str) -> [Ingress; 1] {
+    [Ingress { bind: String::new(), port, default_endpoint: default_endpoint.to_owned() }]
 }
 
 fn addresses(list: &[&str]) -> Vec<SocketAddr> {
@@ -16,23 +15,23 @@ fn verdicts(findings: &[Finding]) -> Vec<Verdict> {
 #[test]
 fn an_application_on_every_address_is_found() {
     for all in ["0.0.0.0:8080", "[::]:8080"] {
-        let findings = application(&boot(8080, "127.0.0.1:8080"), &addresses(&[all]), &[]);
+        let findings = application(&ingress(8080, "127.0.0.1:8080"), &addresses(&[all]), &[]);
         assert_eq!(verdicts(&findings), [Verdict::Fail]);
         assert!(findings[0].message.contains("Let it listen on 127.0.0.1:8080 only"), "{}", findings[0]);
     }
     // Another port is nobody's business.
     let listening = addresses(&["0.0.0.0:22", "127.0.0.1:8080", "10.0.0.4:8080"]);
     let own = ["10.0.0.4".parse().unwrap()];
-    assert_eq!(verdicts(&application(&boot(8080, "127.0.0.1:8080"), &listening, &own)), [Verdict::Ok]);
+    assert_eq!(verdicts(&application(&ingress(8080, "127.0.0.1:8080"), &listening, &own)), [Verdict::Ok]);
 }
 
 #[test]
 fn an_application_that_is_not_there_or_beside_the_sidecar_is_a_warning() {
-    let findings = application(&boot(8080, "127.0.0.1:8080"), &[], &[]);
+    let findings = application(&ingress(8080, "127.0.0.1:8080"), &[], &[]);
     assert_eq!(verdicts(&findings), [Verdict::Warn]);
     assert!(findings[0].message.contains("nothing listens on 127.0.0.1:8080"));
     let own = ["10.0.0.4".parse().unwrap()];
-    let findings = application(&boot(8080, "10.0.0.4:9090"), &addresses(&["10.0.0.4:9090"]), &own);
+    let findings = application(&ingress(8080, "10.0.0.4:9090"), &addresses(&["10.0.0.4:9090"]), &own);
     assert_eq!(verdicts(&findings), [Verdict::Ok, Verdict::Warn]);
     assert!(findings[1].message.contains("around the sidecar"));
 }
@@ -66,7 +65,7 @@ fn this_processes_own_listener_is_found() {
 
 #[test]
 fn low_ports_want_the_capability() {
-    let ingress = |port| [IngressListener { port, ..IngressListener::default() }];
+    let ingress = |port| ingress(port, "");
     let rights = |capable| LowPortRights { first_unprivileged: 1024, capable };
     assert!(low_ports(&ingress(8080), rights(false)).is_none());
     let finding = low_ports(&ingress(80), rights(false)).unwrap();

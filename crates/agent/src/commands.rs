@@ -75,8 +75,10 @@ async fn run(common: &Common) -> anyhow::Result<ExitCode> {
 }
 
 async fn check(common: &Common, output: Output) -> anyhow::Result<ExitCode> {
+    let configuration = Configuration::read(&sources(common));
     let subject = check::Subject {
-        sources: sources(common),
+        istio: configuration.as_ref().ok().map(|configuration| istio_way(common, configuration)),
+        configuration,
         trust: trust(),
         store: Store::at(&state_directory(common)),
         binary: envoy_binary(common),
@@ -167,8 +169,7 @@ fn istio_way(common: &Common, configuration: &Configuration) -> IstioWay {
         Some(SidecarKind::Envoy) => IstioWay::Envoy,
         Some(SidecarKind::Istio { revision }) => {
             // The package of a revision may stand beside another.
-            let of_revision =
-                revision.as_ref().map(|revision| PathBuf::from(format!("/usr/local/bin/pilot-agent-{revision}")));
+            let of_revision = revision.as_deref().map(sidecar::pilot_agent_of);
             let binary = named.or(of_revision.filter(|path| path.is_file())).unwrap_or(packaged);
             IstioWay::PilotAgent(PilotAgent { binary, template })
         }

@@ -1,8 +1,10 @@
 //! Where this VM stands and why: `status.json` in the state directory, and what `onboarding-agent status` makes of it.
 
+use crate::boot::HeldBoot;
 use crate::machine::{Phase, Sidecar, State};
 use crate::store::{self, Store, StoreError};
 use jiff::Timestamp;
+use onboarding_wire::onboarding as pb;
 use serde::{Deserialize, Serialize};
 
 /// Written by the agent on every change, readable by everybody; no secret is in it.
@@ -36,6 +38,9 @@ pub struct Status {
     pub sidecar_problem: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub boot_version: Option<String>,
+    /// Of the sidecar. Absent: not known, for the plane has given no boot configuration.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ingress: Option<Vec<Ingress>>,
     /// Of the last configuration that the sidecar refused, until one is accepted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub configuration_problem: Option<String>,
@@ -52,6 +57,33 @@ pub struct Status {
     pub clock_skew_seconds: Option<i64>,
 }
 
+/// A port that the sidecar takes from others to the application.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Ingress {
+    /// Empty: the host's address.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub bind: String,
+    pub port: u32,
+    /// Where it leads to, as `127.0.0.1:8080`; empty: the same port.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub default_endpoint: String,
+}
+
+impl Ingress {
+    /// Those of a boot configuration.
+    pub fn of(boot: &HeldBoot) -> Vec<Self> {
+        boot.ingress
+            .iter()
+            .map(|pb::IngressListener { bind, port, default_endpoint }| Self {
+                bind: bind.clone(),
+                port: *port,
+                default_endpoint: default_endpoint.clone(),
+            })
+            .collect()
+    }
+}
+
 /// What of a status isn't the machine's.
 #[derive(Debug, Clone, Default)]
 pub struct About {
@@ -62,7 +94,7 @@ pub struct About {
 }
 
 impl Status {
-    pub fn of(state: &State, about: &About) -> Self {
+    pub fn of(state: &State, held: Option<&HeldBoot>, about: &About) -> Self {
         let (phase, next_retry) = match &state.phase {
             Phase::Starting => ("Starting", None),
             Phase::Attesting => ("Attesting", None),
@@ -95,6 +127,7 @@ impl Status {
             sidecar: sidecar.to_owned(),
             sidecar_problem,
             boot_version: state.boot.as_ref().map(|boot| boot.version.clone()),
+            ingress: held.map(Ingress::of),
             configuration_problem: about.configuration_problem.clone(),
             boot_problem: about.boot_problem.clone(),
             application_ready: state.health.as_ref().map(|health| health.ready),

@@ -11,6 +11,8 @@ use tokio::time::timeout;
 pub enum VersionError {
     #[error("{0} is missing; install the istio-sidecar package, or name Envoy with --envoy-binary")]
     Missing(String),
+    #[error("{0} is missing; install the istio-sidecar package, or name pilot-agent with --pilot-agent-binary")]
+    NoPilotAgent(String),
     #[error("{binary} can't be run: {why}")]
     NotRun { binary: String, why: String },
     #[error("{binary} did not tell its version within {seconds} s")]
@@ -30,7 +32,10 @@ pub async fn envoy(binary: &Path) -> Result<String, VersionError> {
 
 /// `1.30.0`, of `pilot-agent version --short`.
 pub async fn pilot_agent(binary: &Path) -> Result<String, VersionError> {
-    let text = output(binary, &["version", "--short"]).await?;
+    let text = output(binary, &["version", "--short"]).await.map_err(|error| match error {
+        VersionError::Missing(name) => VersionError::NoPilotAgent(name),
+        other => other,
+    })?;
     // `client version: 1.30.0`
     let version = text.trim().rsplit(' ').next().unwrap_or_default();
     plain(version).ok_or_else(|| VersionError::NotPilotAgent(binary.display().to_string()))

@@ -3,7 +3,7 @@
 use crate::identity::{AwsCompute, Identity};
 use crate::label::Labels;
 use crate::name::{GroupName, RegistrationName};
-use crate::registration::{ConnectedOver, HostReport};
+use crate::registration::HostReport;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
@@ -115,10 +115,7 @@ impl HostReport {
         let wanted = self.connected_over;
         self.addresses.iter().find(|address| address.kind == wanted).map(|address| address.ip).ok_or_else(|| {
             EntryError::NoAddress {
-                wanted: match wanted {
-                    ConnectedOver::Vpc => "VPC",
-                    ConnectedOver::Internet => "INTERNET",
-                },
+                wanted: wanted.word(),
                 reported: if self.addresses.is_empty() {
                     "none".to_owned()
                 } else {

@@ -1,6 +1,6 @@
 use super::*;
 use crate::identity::{AwsIdentity, Fact, JwtIdentity, Proven};
-use crate::registration::HostAddress;
+use crate::registration::{ConnectedOver, HostAddress};
 
 fn proven(value: &str) -> Fact<String> {
     Fact::Proven(Proven::by_attestor(value.to_owned()))

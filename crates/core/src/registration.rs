@@ -18,6 +18,16 @@ pub enum ConnectedOver {
     Internet,
 }
 
+impl ConnectedOver {
+    /// As files and resources have it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Vpc => "VPC",
+            Self::Internet => "INTERNET",
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostAddress {
     pub ip: IpAddr,

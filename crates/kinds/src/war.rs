@@ -119,13 +119,6 @@ pub mod report {
 
     const WAYS: [(&str, ConnectedOver); 2] = [("VPC", ConnectedOver::Vpc), ("INTERNET", ConnectedOver::Internet)];
 
-    fn way(connected_over: ConnectedOver) -> &'static str {
-        match connected_over {
-            ConnectedOver::Vpc => "VPC",
-            ConnectedOver::Internet => "INTERNET",
-        }
-    }
-
     pub fn to_json(report: &HostReport) -> Value {
         let sidecar = match &report.sidecar {
             SidecarReport::Istio { version, revision: Some(revision) } => {
@@ -136,13 +129,13 @@ pub mod report {
         };
         let addresses = report.addresses.iter();
         let addresses: Vec<_> =
-            addresses.map(|address| json!({ "ip": address.ip.to_string(), "type": way(address.kind) })).collect();
+            addresses.map(|address| json!({ "ip": address.ip.to_string(), "type": address.kind.word() })).collect();
         json!({
             "agent": { "version": report.agent_version },
             "sidecar": sidecar,
             "host": { "addresses": addresses },
             "workload": { "labels": report.labels },
-            "settings": { "connectedOver": way(report.connected_over) },
+            "settings": { "connectedOver": report.connected_over.word() },
         })
     }
 

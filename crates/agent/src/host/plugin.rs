@@ -264,7 +264,10 @@ impl Drop for Group {
     }
 }
 
-fn find(plugin: &Plugin, search: Option<OsString>) -> Result<PathBuf, Problem> {
+/// The plugin's program: its path, or what the directories of `search` (as PATH has them) hold.
+///
+/// Errors: it is missing, or not executable.
+pub fn find(plugin: &Plugin, search: Option<OsString>) -> Result<PathBuf, Problem> {
     let name = match &plugin.path {
         Some(path) => path.clone(),
         None => format!("onboarding-agent-{}-plugin", plugin.name),

@@ -41,7 +41,7 @@ impl Driver {
 
     /// `status.json`, and the service manager's line.
     pub(super) fn show(&mut self) {
-        let status = Status::of(&self.state, &self.about);
+        let status = Status::of(&self.state, self.held.as_deref(), &self.about);
         if self.shown.as_ref() != Some(&status) {
             self.kept("status", |driver| status.write(&driver.store));
             let line = status.line();

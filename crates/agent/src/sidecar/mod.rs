@@ -15,7 +15,7 @@ mod supervisor;
 mod tests;
 
 pub(crate) use istio::pilot_agents_certificate;
-pub use istio::{IstioWay, PilotAgent};
+pub use istio::{IstioWay, PilotAgent, pilot_agent_of};
 
 use crate::boot::{self, HeldBoot};
 use anyhow::Context;

@@ -42,6 +42,11 @@ pub struct PilotAgent {
     pub template: PathBuf,
 }
 
+/// Where the package of a revision of Istio may have it.
+pub fn pilot_agent_of(revision: &str) -> PathBuf {
+    PathBuf::from(format!("/usr/local/bin/pilot-agent-{revision}"))
+}
+
 pub(super) struct Supervisor {
     options: Options,
     care: Care,
