@@ -23,7 +23,9 @@ use std::path::PathBuf;
 
 The identity file is an identity as in a registration's spec.identity; its key claimedOnly
 names facts that are not proven, as in claimedOnly: [aws.ec2.iamRole].
-An invalid policy counts as absent, with a warning.
+An invalid policy counts as absent, with a warning. Where the manifests have a ControlPlane, an
+identity by JWT whose issuer isn't listed there is refused; without one, issuers aren't judged.
+In JSON, reasons has what stood in the way in each policy that doesn't admit the identity.
 
 Exit codes: 0 allowed; 2 refused; 1 an input that can't be used, or wrong usage.")]
 pub struct Explain {
@@ -64,15 +66,13 @@ impl Explain {
         let doubtful = format!("WorkloadGroup {}", self.group);
         let is_faulty = loaded.faults.iter().any(|fault| fault.object == doubtful);
         let admission = loaded.admission();
-        let verdict = match admission.groups.get(&self.group) {
+        let mut verdict = match admission.groups.get(&self.group) {
             Some(group) => admission.verdict(&identity, group),
             None => Verdict::refused(admission.no_group(&self.group, is_faulty)),
         };
-        if verdict.allowed.is_some() {
+        if let (Some(_), Some(group)) = (&verdict.allowed, admission.groups.get(&self.group)) {
             notes.extend(unnameable(&identity, &self.group));
-            notes.extend(
-                admission.unlisted_issuer(&identity).map(|why| format!("warning: the policy allows it, but {why}")),
-            );
+            verdict.reasons = admission.obstacles(&identity, group);
         }
         let code = if verdict.allowed.is_some() { 0 } else { REFUSED };
         Ok(Outcome { out: self.say(&verdict), notes, code })
@@ -115,7 +115,7 @@ impl Explain {
 pub struct Verdict {
     /// The policy, and which of its rules.
     pub allowed: Option<(String, usize)>,
-    /// Of a refusal.
+    /// Why it was refused, or why not every policy allows it.
     pub reasons: Vec<String>,
 }
 
@@ -126,15 +126,35 @@ impl Verdict {
 }
 
 impl Admission {
+    /// Without the reasons of an approval, which take a walk through all policies.
     pub fn verdict(&self, identity: &Identity, group: &WorkloadGroup) -> Verdict {
+        if let Some(why) = self.unlisted_issuer(identity) {
+            let reasons = std::iter::once(why).chain(self.obstacles(identity, group)).collect();
+            return Verdict { allowed: None, reasons };
+        }
         if let Decision::Allowed { policy, rule } = self.policies.decide(identity, group) {
             return Verdict { allowed: Some((policy, rule)), reasons: Vec::new() };
         }
-        let reasons = self.policies.reasons(identity, group, usize::MAX);
+        let reasons = self.obstacles(identity, group);
         if reasons.is_empty() {
             return Verdict::refused(self.no_policy(&group.name.namespace));
         }
-        Verdict { allowed: None, reasons: reasons.iter().map(ToString::to_string).collect() }
+        Verdict { allowed: None, reasons }
+    }
+
+    /// What stood in the way in each policy of the group's namespace that doesn't allow it.
+    fn obstacles(&self, identity: &Identity, group: &WorkloadGroup) -> Vec<String> {
+        self.policies.reasons(identity, group, usize::MAX).iter().map(ToString::to_string).collect()
+    }
+
+    /// Why the plane of these manifests takes no token of this identity's issuer.
+    fn unlisted_issuer(&self, identity: &Identity) -> Option<String> {
+        let Identity::Jwt(jwt) = identity else { return None };
+        let issuer = jwt.issuer.stated();
+        let is_listed = self.planes.iter().flat_map(|plane| &plane.issuers).any(|listed| listed.issuer == *issuer);
+        (!self.planes.is_empty() && !is_listed).then(|| {
+            format!("the ControlPlane doesn't list the issuer {issuer:?}, so its token isn't taken or renewed")
+        })
     }
 
     fn no_policy(&self, namespace: &str) -> String {

@@ -199,20 +199,6 @@ impl Admission {
         let group = self.groups.get(&workload.group);
         let group = group.ok_or_else(|| vec![self.no_group(&workload.group, false)])?;
         let verdict = self.verdict(&workload.identity, group);
-        let (policy, _) = verdict.allowed.ok_or(verdict.reasons)?;
-        match self.unlisted_issuer(&workload.identity) {
-            Some(why) => Err(vec![why]),
-            None => Ok(policy),
-        }
-    }
-
-    /// Why the plane of these manifests takes no token of this identity's issuer.
-    pub fn unlisted_issuer(&self, identity: &Identity) -> Option<String> {
-        let Identity::Jwt(jwt) = identity else { return None };
-        let issuer = jwt.issuer.stated();
-        let is_listed = self.planes.iter().flat_map(|plane| &plane.issuers).any(|listed| listed.issuer == *issuer);
-        (!self.planes.is_empty() && !is_listed).then(|| {
-            format!("the ControlPlane doesn't list the issuer {issuer:?}, so its token isn't taken or renewed")
-        })
+        verdict.allowed.map(|(policy, _)| policy).ok_or(verdict.reasons)
     }
 }

@@ -4,7 +4,7 @@
 mod tool;
 
 use serde_json::{Value, json};
-use tool::{Dir, Ended, GROUP, NARROW};
+use tool::{Dir, Ended, GROUP, NARROW, control_plane};
 
 const EC2: &str = "\
 aws:
@@ -158,7 +158,10 @@ fn each_policy_of_the_namespace_has_its_reason_and_the_first_that_allows_is_name
 
     dir.write("m/b.yaml", NARROW.replace(NAME, "b").replace("ratings-role", "other-role"));
     dir.write("m/a.yaml", NARROW.replace(NAME, "a").replace("ratings-role", "other-role"));
-    assert_eq!(explain(&dir, "bookinfo/ratings").is(0).json()["policy"], "a");
+    let verdict = explain(&dir, "bookinfo/ratings").is(0).json();
+    assert_eq!(verdict["policy"], "a");
+    // Of the three, the one that doesn't admit it; b does too.
+    assert_eq!(verdict["reasons"], json!([reasons[0]]));
 }
 
 #[test]
@@ -183,12 +186,41 @@ spec:
     let dir = with(&identity("[eu, us-west]"));
     dir.write("m/policy.yaml", policy);
     explain(&dir, "bookinfo/ratings").is(0);
+    // Of another shape, as the plane would take it from a token: nothing of it matches.
+    for shape in ["[us-west, {x: 1}]", "[us-west, ~]", "[[us-west]]", "{us-west: us-west}"] {
+        dir.write("identity.yaml", identity(shape));
+        explain(&dir, "bookinfo/ratings").is(2).says("jwt.attributes[0]: ");
+    }
     dir.write("identity.yaml", identity("eu"));
     explain(&dir, "bookinfo/ratings")
         .is(2)
         .says("jwt.attributes[0]: is \\\"eu\\\", wanted the attribute \\\"region\\\"");
     dir.write("identity.yaml", format!("{}claimedOnly: [jwt.attributes.region]\n", identity("us-east")));
     explain(&dir, "bookinfo/ratings").is(2).says("is only claimed");
+}
+
+#[test]
+fn an_issuer_that_the_control_plane_does_not_list_is_refused() {
+    let dir = with("jwt: {issuer: 'https://mycompany.corp', subject: vm007}\n");
+    let policy = NARROW.lines().take_while(|line| !line.starts_with("spec:")).collect::<Vec<_>>().join("\n");
+    let admits = "[{workloads: [{jwt: {issuer: 'https://mycompany.corp'}}], onboardTo: [{workloadGroupSelector: {}}]}]";
+    dir.write("m/policy.yaml", format!("{policy}\nspec: {{allow: {admits}}}\n"));
+    // Nobody can say without one.
+    explain(&dir, "bookinfo/ratings").is(0);
+    let listed = r#"[{"issuer": "https://mycompany.corp", "shortName": "my-corp"}]"#;
+    dir.write("m/plane.yaml", control_plane("", listed));
+    explain(&dir, "bookinfo/ratings").is(0);
+    let why =
+        "the ControlPlane doesn't list the issuer \"https://mycompany.corp\", so its token isn't taken or renewed";
+    for issuers in ["[]", &listed.replace("mycompany", "other")] {
+        dir.write("m/plane.yaml", control_plane("", issuers));
+        let verdict = explain(&dir, "bookinfo/ratings").is(2).json();
+        assert_eq!(verdict, json!({ "allowed": false, "policy": null, "reasons": [why] }));
+    }
+    // AWS needs no issuer.
+    dir.write("identity.yaml", EC2);
+    dir.write("m/policy.yaml", NARROW);
+    explain(&dir, "bookinfo/ratings").is(0);
 }
 
 #[test]
