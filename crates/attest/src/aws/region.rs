@@ -34,6 +34,7 @@ fn is_well_formed(region: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use onboarding_wire::proof::sts_host;
 
     #[test]
     fn a_region_belongs_to_one_partition() {
@@ -49,6 +50,31 @@ mod tests {
             ("eusc-de-east-1", Some("aws-eusc")),
         ] {
             assert_eq!(partition(region), name, "{region}");
+        }
+    }
+
+    /// The hosts as AWS documents them, and one of each partition.
+    #[test]
+    fn sts_is_asked_at_its_partitions_host() {
+        let hosts = [
+            ("aws", "us-east-2", "sts.us-east-2.amazonaws.com"),
+            ("aws", "eu-central-1", "sts.eu-central-1.amazonaws.com"),
+            ("aws", "us-west-1", "sts.us-west-1.amazonaws.com"),
+            ("aws-cn", "cn-north-1", "sts.cn-north-1.amazonaws.com.cn"),
+            ("aws-cn", "cn-northwest-1", "sts.cn-northwest-1.amazonaws.com.cn"),
+            ("aws-us-gov", "us-gov-west-1", "sts.us-gov-west-1.amazonaws.com"),
+            ("aws-us-gov", "us-gov-east-1", "sts.us-gov-east-1.amazonaws.com"),
+            ("aws-iso", "us-iso-east-1", "sts.us-iso-east-1.c2s.ic.gov"),
+            ("aws-iso-b", "us-isob-east-1", "sts.us-isob-east-1.sc2s.sgov.gov"),
+            ("aws-iso-e", "eu-isoe-west-1", "sts.eu-isoe-west-1.cloud.adc-e.uk"),
+            ("aws-iso-f", "us-isof-south-1", "sts.us-isof-south-1.csp.hci.ic.gov"),
+            ("aws-eusc", "eusc-de-east-1", "sts.eusc-de-east-1.amazonaws.eu"),
+        ];
+        for (name, region, host) in hosts {
+            assert_eq!((partition(region), sts_host(region).as_str()), (Some(name), host));
+        }
+        for (name, _) in PARTITIONS {
+            assert!(hosts.iter().any(|(known, ..)| known == name), "no host of {name} is known here");
         }
     }
 
