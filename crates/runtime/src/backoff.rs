@@ -36,3 +36,20 @@ impl Backoff {
 pub fn with_jitter(asked: Duration) -> Duration {
     asked.mul_f64(1.0 + rand::random::<f64>() / 2.0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn those_who_were_sent_away_together_come_back_apart() {
+        let asked = Duration::from_secs(10);
+        let drawn: BTreeSet<Duration> = (0..100).map(|_| with_jitter(asked)).collect();
+        assert!(drawn.iter().all(|delay| (asked..=asked * 3 / 2).contains(delay)), "{drawn:?}");
+        assert!(drawn.len() > 90, "{drawn:?}");
+        // Over all of the half, and not just beside what was asked.
+        assert!(drawn.first().unwrap() < &(asked * 5 / 4) && drawn.last().unwrap() > &(asked * 5 / 4), "{drawn:?}");
+        assert_eq!(with_jitter(Duration::ZERO), Duration::ZERO);
+    }
+}
