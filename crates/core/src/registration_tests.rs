@@ -150,21 +150,119 @@ fn the_end_is_forgotten_when_no_token_and_no_key_can_matter_any_more() {
 
 // ---- generated histories ----
 
-/// What a history has seen, told from its effects alone.
+/// What a history has done, told from its events and effects alone.
 #[derive(Default)]
 struct Mesh {
     entry: bool,
     sessions: std::collections::BTreeSet<String>,
+    /// Whose the identity is, and until when the evidence that this key came with could be replayed by another.
+    holder: Option<(Thumbprint, Timestamp)>,
+    newest_evidence: Option<Replay>,
+    newest_token_ends: Timestamp,
+    /// `None` while a session lasts.
+    away_since: Option<Timestamp>,
+    ended_at: Option<Timestamp>,
+}
+
+impl Mesh {
+    /// An event that was admitted.
+    fn saw(&mut self, event: &Event, effects: &[Effect], now: Timestamp) {
+        match event {
+            Event::Register(register) if self.entry => {
+                let Register { key, attested, token_expires_at, .. } = &**register;
+                if self.renewed(*key, attested.replay, *token_expires_at) && self.away_since.is_some() {
+                    self.away_since = Some(now);
+                }
+            }
+            Event::Register(register) => self.began(register, now),
+            Event::Renew { key, attested, token_expires_at } => {
+                self.renewed(*key, attested.replay, *token_expires_at);
+            }
+            Event::Connect { session, key, .. } => {
+                self.is_held_by(*key);
+                self.sessions.insert(session.clone());
+                self.away_since = None;
+            }
+            Event::Disconnect { session, .. } => {
+                if self.sessions.remove(session) {
+                    self.away_since = Some(now);
+                }
+            }
+            Event::Unregister { key } => self.is_held_by(*key),
+            Event::Delete if self.entry || self.ended_at.is_some() => {
+                self.holder = None;
+                self.ended_at = Some(now);
+            }
+            Event::Delete | Event::Withdraw | Event::Health(_) | Event::Tick => (),
+        }
+        for effect in effects {
+            match effect {
+                Effect::PublishEntry => self.entry = true,
+                Effect::RetractEntry => {
+                    self.entry = false;
+                    self.ended_at = Some(now);
+                }
+                Effect::EndSession { session, reason } => {
+                    self.sessions.remove(session);
+                    if *reason == EndReason::TokenExpired {
+                        self.away_since = Some(self.newest_token_ends);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Never two keys for one identity: another than the last one only where neither can be a replay of the other's evidence.
+    fn began(&mut self, register: &Register, now: Timestamp) {
+        let replay = register.attested.replay;
+        if let Some((known, replayable_until)) = self.holder {
+            let is_no_replay = replay == Replay::BoundToKey || replayable_until <= now;
+            assert!(known == register.key || is_no_replay, "{:?} came for {known:?} at {now}", register.key);
+        }
+        if let Some(ended) = self.ended_at {
+            assert!(register.token_issued_at.as_second() > ended.as_second(), "a token from before the end");
+        }
+        *self = Self {
+            holder: Some((register.key, end_of(replay))),
+            newest_evidence: Some(replay),
+            newest_token_ends: register.token_expires_at,
+            away_since: Some(now),
+            ..Self::default()
+        };
+    }
+
+    /// Whether it brought anything new.
+    fn renewed(&mut self, key: Thumbprint, replay: Replay, token_ends: Timestamp) -> bool {
+        self.is_held_by(key);
+        let before = (self.newest_evidence, self.newest_token_ends);
+        self.holder = self.holder.map(|(key, until)| (key, until.max(end_of(replay))));
+        self.newest_evidence = Some(replay);
+        self.newest_token_ends = self.newest_token_ends.max(token_ends);
+        before != (self.newest_evidence, self.newest_token_ends)
+    }
+
+    fn is_held_by(&self, key: Thumbprint) {
+        assert_eq!(self.holder.map(|(known, _)| known), Some(key), "another key was admitted to what lives");
+    }
+}
+
+/// From when on evidence can't be replayed by another.
+fn end_of(replay: Replay) -> Timestamp {
+    match replay {
+        Replay::BoundToKey => Timestamp::MIN,
+        Replay::Until(end) => end,
+        Replay::Forever => Timestamp::MAX,
+    }
 }
 
 fn entry_exactly_while_live(state: &State, mesh: &Mesh) {
     assert_eq!(mesh.entry, matches!(state, State::Live(_)));
 }
 
-fn never_an_entry_past_its_lease(state: &State, now: Timestamp) {
-    if let State::Live(live) = state {
-        assert!(live.lease_ends_at(GRACE) > now, "{live:?} at {now}");
-    }
+/// Of whom a session holds, as long as the newest token and the grace period; of others, the grace period.
+fn never_an_entry_past_its_lease(mesh: &Mesh, now: Timestamp) {
+    let ends = mesh.away_since.unwrap_or(mesh.newest_token_ends).checked_add(GRACE).unwrap();
+    assert!(!mesh.entry || ends > now, "an entry at {now}, whose lease ended at {ends}");
 }
 
 fn one_session_at_most_and_it_is_the_one_on_record(state: &State, mesh: &Mesh) {
@@ -175,22 +273,29 @@ fn one_session_at_most_and_it_is_the_one_on_record(state: &State, mesh: &Mesh) {
         },
         _ => None,
     };
-    assert!(mesh.sessions.iter().collect::<Vec<_>>().len() <= 1);
+    assert!(mesh.sessions.len() <= 1);
     assert_eq!(mesh.sessions.iter().next(), on_record);
 }
 
-fn never_two_keys_for_one_identity(before: &State, after: &State, event: &Event) {
-    let key = |state: &State| match state {
+fn the_key_on_record_is_the_holders(state: &State, mesh: &Mesh) {
+    let on_record = match state {
         State::Live(live) => Some(live.key.thumbprint),
         State::Ended(ended) => ended.key.as_ref().map(|key| key.thumbprint),
-        State::Absent => None,
+        // Forgotten, which is asked about elsewhere.
+        State::Absent => return,
     };
-    if let (State::Live(old), State::Live(new)) = (before, after) {
-        assert_eq!(old.key.thumbprint, new.key.thumbprint, "a live registration changed its key on {event:?}");
-    }
-    let may_forget = matches!(event, Event::Delete | Event::Tick | Event::Register(_));
-    if key(before).is_some() && key(after) != key(before) {
-        assert!(may_forget, "the key was forgotten on {event:?}");
+    assert_eq!(on_record, mesh.holder.map(|(key, _)| key));
+}
+
+/// For as long as a token or a replay of before it could come; then it is forgotten.
+fn an_end_is_remembered_for_as_long_as_it_matters(state: &State, event: &Event, mesh: &Mesh, now: Timestamp) {
+    let Some(ended) = mesh.ended_at else { return };
+    let is_over =
+        ended.checked_add(LONGEST_TOKEN_LIFE).unwrap() <= now && mesh.holder.is_none_or(|(_, until)| until <= now);
+    match state {
+        State::Absent => assert!(*event == Event::Tick && is_over, "{event:?} at {now} forgot what ended at {ended}"),
+        State::Ended(_) => assert!(*event != Event::Tick || !is_over, "what ended at {ended} is still known at {now}"),
+        State::Live(_) => panic!("it lives and has ended"),
     }
 }
 
@@ -200,22 +305,23 @@ fn no_effect_without_a_change(before: &State, step: &Step, event: &Event) {
     }
 }
 
+/// Its times count from the moment when it happens.
 fn any_event() -> impl Strategy<Value = Event> {
     let key = proptest::sample::select(&KEYS[..]);
     let replay = prop_oneof![
         Just(Replay::Forever),
         Just(Replay::BoundToKey),
-        (0..4000i64).prop_map(|second| Replay::Until(at(second)))
+        (-1000..4000i64).prop_map(|second| Replay::Until(at(second)))
     ];
     let session = proptest::sample::select(&["a", "b", "c"][..]);
     prop_oneof![
-        4 => (key.clone(), replay.clone(), 0..6000i64).prop_map(|(key, replay, issued)| register(key, replay, issued)),
+        4 => (key.clone(), replay.clone(), -2000..1000i64).prop_map(|(key, replay, issued)| register(key, replay, issued)),
         4 => key.clone().prop_map(|key| connect(key, "new")),
         2 => session.prop_map(|session| Event::Disconnect {
             session: session.to_owned(),
             reason: DisconnectReason::ConnectionLost,
         }),
-        2 => (key.clone(), replay, 0..9000i64).prop_map(|(key, replay, end)| Event::Renew {
+        2 => (key.clone(), replay, -1000..6000i64).prop_map(|(key, replay, end)| Event::Renew {
             key,
             attested: Box::new(attested(replay)),
             token_expires_at: at(end),
@@ -232,38 +338,59 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
-    fn histories(events in proptest::collection::vec((any_event(), 0..400i64), 1..60)) {
+    fn histories(events in proptest::collection::vec((any_event(), passing()), 1..60)) {
         let (mut state, mut mesh, mut second) = (State::Absent, Mesh::default(), 0);
         for (number, (event, passed)) in events.into_iter().enumerate() {
             second += passed;
             let now = at(second);
             // The driver ticks at every deadline.
-            for event in [Event::Tick, Event::Tick, numbered(event, number, &state)] {
+            for event in [Event::Tick, Event::Tick, numbered(happening(event, second), number, &state)] {
                 let before = state.clone();
                 let Ok(step) = step(&state, event.clone(), now, GRACE) else { continue };
                 no_effect_without_a_change(&before, &step, &event);
-                never_two_keys_for_one_identity(&before, &step.state, &event);
-                if let Event::Connect { session, .. } = &event {
-                    mesh.sessions.insert(session.clone());
-                }
-                if let Event::Disconnect { session, .. } = &event {
-                    mesh.sessions.remove(session);
-                }
-                for effect in &step.effects {
-                    match effect {
-                        Effect::PublishEntry => mesh.entry = true,
-                        Effect::RetractEntry => mesh.entry = false,
-                        Effect::EndSession { session, .. } => { mesh.sessions.remove(session); }
-                    }
-                }
+                mesh.saw(&event, &step.effects, now);
                 state = step.state;
                 entry_exactly_while_live(&state, &mesh);
                 one_session_at_most_and_it_is_the_one_on_record(&state, &mesh);
+                the_key_on_record_is_the_holders(&state, &mesh);
+                an_end_is_remembered_for_as_long_as_it_matters(&state, &event, &mesh, now);
                 if event == Event::Tick {
-                    never_an_entry_past_its_lease(&state, now);
+                    never_an_entry_past_its_lease(&mesh, now);
+                }
+                if state == State::Absent {
+                    mesh = Mesh::default();
                 }
             }
         }
+    }
+}
+
+/// Seconds, and now and then weeks, in which ends are forgotten.
+fn passing() -> impl Strategy<Value = i64> {
+    let weeks = i64::try_from(LONGEST_TOKEN_LIFE.as_secs()).unwrap() / 4 * 5;
+    prop_oneof![20 => 0..400i64, 1 => 0..weeks]
+}
+
+fn happening(event: Event, second: i64) -> Event {
+    let later = |time: Timestamp| at(time.as_second() + second);
+    let replayed = |attested: Attested| Attested {
+        replay: match attested.replay {
+            Replay::Until(end) => Replay::Until(later(end)),
+            other => other,
+        },
+        ..attested
+    };
+    match event {
+        Event::Register(register) => Event::Register(Box::new(Register {
+            attested: replayed(register.attested),
+            token_issued_at: later(register.token_issued_at),
+            token_expires_at: later(register.token_expires_at),
+            ..*register
+        })),
+        Event::Renew { key, attested, token_expires_at } => {
+            Event::Renew { key, attested: Box::new(replayed(*attested)), token_expires_at: later(token_expires_at) }
+        }
+        event => event,
     }
 }
 
