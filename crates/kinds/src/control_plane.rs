@@ -150,7 +150,14 @@ fn jwt_issuer(item: &Item<'_>) -> Option<JwtIssuer> {
     for (key, item) in map.at_most_one_of(&["jwksUri", "jwks"]) {
         match key {
             "jwksUri" => jwks_uri = item.parse(syntax::https_url),
-            _ => jwks = item.text().and_then(|text| syntax::jwks(text).map_err(|message| item.fault(message)).ok()),
+            _ => {
+                jwks = item.text().and_then(|text| syntax::jwks(text).map_err(|message| item.fault(message)).ok());
+                for index in jwks.as_deref().map(syntax::nameless_keys).unwrap_or_default() {
+                    item.warn(format!(
+                        "keys[{index}] has no kid, by which a token names the key that signed it, so it verifies nothing"
+                    ));
+                }
+            }
         }
     }
     let attributes_json_path =

@@ -396,6 +396,13 @@ pub(crate) fn jwks(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
+/// Which keys of a JWKS no token can name.
+pub(crate) fn nameless_keys(jwks: &str) -> Vec<usize> {
+    let json: serde_json::Value = serde_json::from_str(jwks).unwrap_or_default();
+    let keys = json["keys"].as_array().into_iter().flatten().enumerate();
+    keys.filter(|(_, key)| !key["kid"].is_string()).map(|(index, _)| index).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

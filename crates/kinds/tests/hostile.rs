@@ -190,6 +190,11 @@ fn what_is_unwise_is_a_warning() {
         assert!(manifests.faults.is_empty(), "{:?}", manifests.faults);
         assert_eq!(!manifests.warnings.is_empty(), warns, "{life}");
     }
+    let nameless = plane.replace(r#"{"kid":"1","kty""#, r#"{"kty":"EC","crv":"P-256","kid":"1"},{"kid":2,"kty""#);
+    let warnings = manifest::read("f.yaml", &nameless).warnings;
+    let found: Vec<_> =
+        warnings.iter().map(|w| (w.line, w.path.rsplit('.').next().unwrap(), &w.message[..18])).collect();
+    assert_eq!(found, [(38, "jwks", "keys[1] has no kid")]);
     let manifests = manifest::read("f.yaml", &plane.replace("    onboarding:\n", "    onbording:\n"));
     assert!(manifests.faults.is_empty());
     assert_eq!(manifests.warnings[0].message, "isn't known here; did you mean onboarding?");
