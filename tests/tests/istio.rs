@@ -57,6 +57,16 @@ fn kubectl_shows(world: &mut World) -> anyhow::Result<()> {
         entry.contains("serviceAccount: ratings-vm") && entry.contains(&pair.ratings.machine.address().to_string()),
         "{entry}"
     );
+    let described = world.mesh()?.cluster.kubectl(["describe", "war", &name, "-n", "bookinfo"])?;
+    let said: Vec<String> =
+        described.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+    for wanted in [
+        "Reason: AgentEstablishedConnection".to_owned(),
+        "Reason: AllowedByPolicy".to_owned(),
+        format!("Ip: {}", pair.ratings.machine.address()),
+    ] {
+        ensure!(said.contains(&wanted), "{wanted:?} isn't in {described}");
+    }
     world.keep(pair);
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! The admin socket: what `onboardctl` asks and deletes. A Unix socket that only the plane's own user can open.
 
 use crate::authority::Authority;
-use crate::backend::{ProvisionError, Snapshot};
+use crate::backend::{Admits, ProvisionError, Snapshot};
 use crate::certificate::Certificates;
 use anyhow::Context;
 use axum::extract::{Path, State as Shared};
@@ -157,7 +157,20 @@ async fn root_of(admin: &Admin, rotate: bool) -> Response {
 /// As `kubectl` would show it, and whether a policy admits it as things are now, which is ours.
 fn resource(snapshot: &Snapshot, name: &RegistrationName, live: &Live) -> Value {
     let mut resource = war::resource(name, live, None);
-    resource["status"]["admitted"] = crate::lifecycle::admitted(snapshot, live).into();
+    let admits = snapshot.admits(live);
+    let by = match &admits {
+        Admits::Policy { name, rule } => Some((name.as_str(), *rule)),
+        Admits::Unknown | Admits::Nobody => None,
+    };
+    resource["status"]["admitted"] = by.is_some().into();
+    if admits != Admits::Nobody
+        && let Some(conditions) = resource["status"]["conditions"].as_array_mut()
+    {
+        let mut condition = war::admitted(by);
+        // What isn't admitted ends, so it has been for as long as it is there.
+        condition["lastTransitionTime"] = live.created_at.to_string().into();
+        conditions.push(condition);
+    }
     resource
 }
 

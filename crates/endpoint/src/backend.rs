@@ -4,6 +4,7 @@ mod publish;
 
 pub use publish::FaultLog;
 
+use crate::lifecycle::vouched_for;
 use async_trait::async_trait;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
@@ -11,8 +12,8 @@ use jiff::Timestamp;
 use onboarding_attest::jwt::{Issuer, KeySource};
 use onboarding_core::group::WorkloadGroup;
 use onboarding_core::name::{GroupName, RegistrationName};
-use onboarding_core::policy::PolicySet;
-use onboarding_core::registration::State;
+use onboarding_core::policy::{Decision, PolicySet};
+use onboarding_core::registration::{Live, State};
 use onboarding_kinds::control_plane::{ControlPlane, JwtIssuer, Onboarding};
 use onboarding_wire::onboarding::{BootConfiguration, Certificate, SidecarReport};
 use std::collections::HashMap;
@@ -35,6 +36,31 @@ pub struct Snapshot {
     pub policy_unreadable: bool,
     /// What couldn't be read or is missing, for people: readiness, status, log.
     pub faults: Vec<String>,
+}
+
+/// Who admits a registration, as things are configured in one snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Admits {
+    /// `rule`: index into `spec.allow`.
+    Policy {
+        name: String,
+        rule: usize,
+    },
+    /// None of those that can be read, and one can't be.
+    Unknown,
+    Nobody,
+}
+
+impl Snapshot {
+    /// Who admits this registration's identity to its group.
+    pub fn admits(&self, live: &Live) -> Admits {
+        let group = self.groups.get(&live.group).filter(|_| vouched_for(self, &live.attested.identity));
+        match group.map(|group| self.policies.decide(&live.attested.identity, group)) {
+            Some(Decision::Allowed { policy, rule }) => Admits::Policy { name: policy, rule },
+            Some(Decision::Refused) | None if self.policy_unreadable => Admits::Unknown,
+            Some(Decision::Refused) | None => Admits::Nobody,
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -246,7 +272,8 @@ pub struct Refused {
     pub group: GroupName,
     /// What was proven of the host, in one line for people; absent where nothing was.
     pub identity: Option<String>,
-    /// Stable, in CamelCase: `NotAuthorized`, `EvidenceRefused`, `RegistrationBelongsToAnother`, `NoBootConfiguration`.
+    /// Stable, in CamelCase: `NotAuthorized`, `EvidenceRefused`, `AttestationUnavailable`, `RegistrationRefused`,
+    /// `RegistrationBelongsToAnother`, `NoBootConfiguration`.
     pub reason: &'static str,
     /// Which rule failed on what, and the way out.
     pub message: String,

@@ -3,12 +3,11 @@
 //! What happens to many of them, when time passes or the configuration changes, is `lease`'s.
 
 use crate::audit::{Audit, Decision as Outcome, Entry};
-use crate::backend::{Registry, RegistryError, Snapshot};
+use crate::backend::{Admits, Registry, RegistryError, Snapshot};
 use crate::metrics::Metrics;
 use jiff::Timestamp;
 use onboarding_core::identity::Identity;
 use onboarding_core::name::RegistrationName;
-use onboarding_core::policy::Decision;
 use onboarding_core::registration::{
     Connection, DisconnectReason, Effect, EndReason, Event, Live, Refusal, State, step,
 };
@@ -233,10 +232,7 @@ impl Lifecycle {
 
 /// Whether a policy admits this registration's identity to its group, as things are configured now.
 pub(crate) fn admitted(snapshot: &Snapshot, live: &Live) -> bool {
-    vouched_for(snapshot, &live.attested.identity)
-        && snapshot.groups.get(&live.group).is_some_and(|group| {
-            matches!(snapshot.policies.decide(&live.attested.identity, group), Decision::Allowed { .. })
-        })
+    matches!(snapshot.admits(live), Admits::Policy { .. })
 }
 
 /// Whether who vouched for this identity may still do so: an issuer that was struck off the list vouches for nobody.

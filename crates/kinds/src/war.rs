@@ -19,8 +19,8 @@ pub struct WorkloadAutoRegistration {
     pub spec: Value,
 }
 
-/// The resource: `spec.identity`, `spec.registration`, and `status` with the conditions `AgentConnected` and `Healthy`,
-/// and `activeAgentConnection` while connected. `ownerReferences` names the WorkloadGroup (uid only where one is given).
+/// The resource: `spec.identity`, `spec.registration`, and `status` with the conditions `AgentConnected` and `Healthy`
+/// ([`admitted`] and others are for who knows more to add), and `activeAgentConnection` while connected. `ownerReferences` names the WorkloadGroup (uid only where one is given).
 pub fn resource(name: &RegistrationName, live: &Live, group_uid: Option<&str>) -> Value {
     let mut owner = json!({
         "apiVersion": "networking.istio.io/v1beta1",
@@ -93,6 +93,21 @@ fn healthy(health: &Health, since: Timestamp) -> Value {
         "message": health.message,
         "lastTransitionTime": since.to_string(),
     })
+}
+
+/// The condition `Admitted`, without a time: by which policy, and which rule of its `spec.allow`; `None`: a policy can't be read, so nobody
+/// can say.
+pub fn admitted(by: Option<(&str, usize)>) -> Value {
+    let (status, reason, message) = match by {
+        Some((policy, rule)) => {
+            ("True", "AllowedByPolicy", format!("OnboardingPolicy {policy}, rule spec.allow[{rule}]"))
+        }
+        None => {
+            let message = "a policy can't be read, so nobody can say whether this workload is admitted";
+            ("Unknown", "PolicyUnreadable", message.to_owned())
+        }
+    };
+    json!({ "type": "Admitted", "status": status, "reason": reason, "message": message })
 }
 
 /// `spec` of one that was read.

@@ -59,6 +59,7 @@ pub async fn open(
         client.clone(),
         registry::Options { namespace: namespace.clone() },
         source.groups(),
+        backend::ConfigSource::watch(source.as_ref()),
         metrics,
         stop.clone(),
     );

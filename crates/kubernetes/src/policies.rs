@@ -6,9 +6,8 @@ use crate::source::{ClusterSource, ClusterView, PolicyObject};
 use jiff::Timestamp;
 use kube::api::{DynamicObject, Patch, PatchParams};
 use kube::{Api, Client};
-use onboarding_core::policy::Decision;
 use onboarding_core::registration::State;
-use onboarding_endpoint::backend::{ConfigSource, Registry, Snapshot};
+use onboarding_endpoint::backend::{Admits, ConfigSource, Registry, Snapshot};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -132,9 +131,8 @@ fn count<'a>(snapshot: &Snapshot, states: impl Iterator<Item = &'a State>) -> Ha
     let mut admitted = HashMap::new();
     for state in states {
         let State::Live(live) = state else { continue };
-        let Some(group) = snapshot.groups.get(&live.group) else { continue };
-        if let Decision::Allowed { policy, .. } = snapshot.policies.decide(&live.attested.identity, group) {
-            *admitted.entry((live.group.namespace.clone(), policy)).or_insert(0) += 1;
+        if let Admits::Policy { name, .. } = snapshot.admits(live) {
+            *admitted.entry((live.group.namespace.clone(), name)).or_insert(0) += 1;
         }
     }
     admitted

@@ -19,7 +19,7 @@ pub(super) fn schema() -> Schema {
         [
             ("observedGeneration", observed_generation()),
             ("activeAgentConnection", connection),
-            ("conditions", conditions("AgentConnected, Healthy and UpToDate.")),
+            ("conditions", conditions("AgentConnected, Healthy, Admitted, UpToDate and Published.")),
             ("lease", Schema::object("The plane's own record.", []).open()),
         ],
     );

@@ -52,7 +52,7 @@ use informers::Progress;
 use kube::Client;
 use onboarding_core::name::RegistrationName;
 use onboarding_core::registration::State;
-use onboarding_endpoint::backend::{Registry, RegistryError, Stored};
+use onboarding_endpoint::backend::{Registry, RegistryError, Snapshot, Stored};
 use standing::Known;
 use std::sync::Arc;
 use std::time::Duration;
@@ -78,13 +78,14 @@ pub struct KubernetesRegistry {
     progress: watch::Sender<Progress>,
 }
 
-/// Starts the informers and the reconciler, which run until `stop`. The task's error says which of them ended by itself.
+/// Starts the informers and the reconciler, which run until `stop`. `snapshots`: which policy admits whom, for the wars to say. The task's error says which of them ended by itself.
 ///
 /// The client should not retry by itself (`Config::default_retry = false`): the registry does, within bounds.
 pub fn start(
     client: Client,
     options: Options,
     groups: watch::Receiver<Arc<Groups>>,
+    snapshots: watch::Receiver<Arc<Snapshot>>,
     metrics: &mut prometheus_client::registry::Registry,
     stop: CancellationToken,
 ) -> (Arc<KubernetesRegistry>, JoinHandle<anyhow::Result<()>>) {
@@ -93,6 +94,7 @@ pub fn start(
         cache: Cache::default(),
         requests: Requests::new(client, options.namespace, metrics),
         groups,
+        snapshots,
         standings: Known::default(),
     });
     let registry = Arc::new(KubernetesRegistry { store, progress: watch::Sender::new(Progress::default()) });
@@ -113,6 +115,8 @@ async fn run(registry: Arc<KubernetesRegistry>, stop: CancellationToken) -> anyh
         let _ = it.progress.subscribe().wait_for(Progress::is_complete).await;
         match reconcile::work(&it.store).await {}
     });
+    let it = registry.clone();
+    tasks.spawn(async move { match reconcile::follow_policies(&it.store).await {} });
     tasks.spawn(async move { match reconcile::follow_groups(&registry.store).await {} });
     tokio::select! {
         () = stop.cancelled() => Ok(()),

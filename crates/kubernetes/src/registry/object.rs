@@ -355,13 +355,25 @@ pub(crate) struct Condition {
     pub problem: Option<(&'static str, String)>,
 }
 
-/// The status of a live registration; conditions of others stay, and a condition that stays as it is keeps its time.
+impl Condition {
+    /// Without a time.
+    pub(crate) fn to_json(&self) -> Value {
+        match &self.problem {
+            None => json!({"type": self.kind, "status": "True", "reason": "AsWanted", "message": ""}),
+            Some((reason, message)) => {
+                json!({"type": self.kind, "status": "False", "reason": reason, "message": message})
+            }
+        }
+    }
+}
+
+/// The status of a live registration, with conditions `added` (without times); conditions of others stay, and a condition that stays as it is keeps its time.
 pub(crate) fn status(
     object: &DynamicObject,
     name: &RegistrationName,
     live: &Live,
     boot: &BootState,
-    added: &[Condition],
+    added: Vec<Value>,
     now: Timestamp,
 ) -> Value {
     let mut new = war::resource(name, live, None)["status"].take();
@@ -385,12 +397,7 @@ pub(crate) fn status(
     let old = object.data["status"]["conditions"].as_array();
     let mut conditions = new["conditions"].take();
     if let Some(conditions) = conditions.as_array_mut() {
-        conditions.extend(added.iter().map(|it| match &it.problem {
-            None => json!({"type": it.kind, "status": "True", "reason": "AsWanted", "message": ""}),
-            Some((reason, message)) => {
-                json!({"type": it.kind, "status": "False", "reason": reason, "message": message})
-            }
-        }));
+        conditions.extend(added);
         let of_kind = |kind: &Value| old.into_iter().flatten().find(|it| it["type"] == *kind);
         for condition in conditions.iter_mut().filter(|it| it["lastTransitionTime"].is_null()) {
             let same = of_kind(&condition["type"]).filter(|before| before["status"] == condition["status"]);

@@ -39,7 +39,7 @@ proptest! {
 
         // With its status.
         let mut object = war.object().unwrap();
-        object.data["status"] = status(&object, &name, &live, &BootState::default(), &[], Timestamp::UNIX_EPOCH);
+        object.data["status"] = status(&object, &name, &live, &BootState::default(), Vec::new(), Timestamp::UNIX_EPOCH);
         let war = War::read(&name, served(object, 8)).unwrap();
         prop_assert_eq!(&live_of(&war).live, &live);
         prop_assert!(live_of(&war).has_status);
@@ -104,7 +104,7 @@ fn example() -> (RegistrationName, Live) {
 fn a_status_that_is_not_whole_counts_as_never_connected() {
     let (name, live) = example();
     let mut object = served(new_war(&name, &live, "group-1", None).unwrap(), 1);
-    object.data["status"] = status(&object, &name, &live, &BootState::default(), &[], Timestamp::UNIX_EPOCH);
+    object.data["status"] = status(&object, &name, &live, &BootState::default(), Vec::new(), Timestamp::UNIX_EPOCH);
     assert_eq!(live_of(&War::read(&name, object.clone()).unwrap()).live, live);
     let changes: [fn(&mut Value); 6] = [
         |status| *status = json!("connected"),
@@ -130,18 +130,19 @@ fn a_status_keeps_what_is_not_its_own_and_the_time_of_what_stays() {
     let (name, live) = example();
     let mut object = served(new_war(&name, &live, "group-1", None).unwrap(), 1);
     let at = |second| Timestamp::from_second(second).unwrap();
-    let applied = |is: bool| Condition { kind: "UpToDate", problem: (!is).then(|| ("Refused", "why".to_owned())) };
-    object.data["status"] = status(&object, &name, &live, &BootState::default(), &[applied(true)], at(1000));
+    let applied =
+        |is: bool| Condition { kind: "UpToDate", problem: (!is).then(|| ("Refused", "why".to_owned())) }.to_json();
+    object.data["status"] = status(&object, &name, &live, &BootState::default(), vec![applied(true)], at(1000));
     let audited = json!({"type": "Audited", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"});
     object.data["status"]["conditions"].as_array_mut().unwrap().push(audited.clone());
     let changed = |status: &Value, index: usize| {
         status["conditions"][index]["lastTransitionTime"].as_str().unwrap().parse::<Timestamp>().unwrap()
     };
-    let same = status(&object, &name, &live, &BootState::default(), &[applied(true)], at(2000));
+    let same = status(&object, &name, &live, &BootState::default(), vec![applied(true)], at(2000));
     assert_eq!((changed(&same, 1), changed(&same, 2)), (live.health_since, at(1000)));
     assert_eq!(same["conditions"][3], audited);
     assert_eq!(same["observedGeneration"], 3);
-    let other = status(&object, &name, &live, &BootState::default(), &[applied(false)], at(2000));
+    let other = status(&object, &name, &live, &BootState::default(), vec![applied(false)], at(2000));
     assert_eq!(changed(&other, 2), at(2000));
 }
 

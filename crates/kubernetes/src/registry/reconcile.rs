@@ -6,13 +6,13 @@ use super::cache::Record;
 use super::entry::{self, Entry, Owner};
 use super::groups::Groups;
 use super::object::{Meaning, War};
-use super::store::{NO_ADDRESS, NOT_OURS, Store};
+use super::store::{NO_ADDRESS, NOT_OURS, Store, admitted};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use jiff::Timestamp;
 use onboarding_core::name::RegistrationName;
 use onboarding_core::registration::{Live, State};
-use onboarding_endpoint::backend::RegistryError;
+use onboarding_endpoint::backend::{RegistryError, Snapshot};
 use onboarding_runtime::backoff::{Backoff, with_jitter};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -105,6 +105,34 @@ pub(crate) async fn follow_groups(store: &Store) -> std::convert::Infallible {
         names.into_iter().for_each(|name| store.cache.work.add(name));
         before = now;
     }
+}
+
+/// A change of the policies is one of each registration that another rule admits from now on.
+pub(crate) async fn follow_policies(store: &Store) -> std::convert::Infallible {
+    let mut snapshots = store.snapshots.clone();
+    let mut before: Arc<Snapshot> = snapshots.borrow_and_update().clone();
+    loop {
+        if snapshots.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        let now = snapshots.borrow_and_update().clone();
+        if !admit_alike(&before, &now) {
+            let names = store.cache.names(|record| {
+                let live = record.war.get().and_then(|war| war.live()).map(|war| &war.live);
+                live.is_some_and(|live| admitted(&before, live) != admitted(&now, live))
+            });
+            names.into_iter().for_each(|name| store.cache.work.add(name));
+        }
+        before = now;
+    }
+}
+
+/// Whether nothing changed that decides who is admitted.
+fn admit_alike(before: &Snapshot, now: &Snapshot) -> bool {
+    Arc::ptr_eq(&before.policies, &now.policies)
+        && before.policy_unreadable == now.policy_unreadable
+        && before.plane == now.plane
+        && before.groups == now.groups
 }
 
 /// `Some`: to be looked at again after so long.

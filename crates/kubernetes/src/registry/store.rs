@@ -9,7 +9,8 @@ use super::standing::{BootState, Known};
 use jiff::Timestamp;
 use onboarding_core::name::RegistrationName;
 use onboarding_core::registration::{Connection, Ended, Live, State};
-use onboarding_endpoint::backend::{RegistryError, Stored};
+use onboarding_endpoint::backend::{Admits, RegistryError, Snapshot, Stored};
+use onboarding_kinds::war;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -22,6 +23,8 @@ pub(crate) struct Store {
     pub cache: Cache,
     pub requests: Requests,
     pub groups: watch::Receiver<Arc<Groups>>,
+    /// Says which policy admits whom.
+    pub snapshots: watch::Receiver<Arc<Snapshot>>,
     /// How far the agents are that have a session here.
     pub standings: Known,
 }
@@ -245,9 +248,8 @@ impl Store {
         if shows {
             let mut object = war.object().map_err(RegistryError::Unavailable)?;
             let boot = before.boot.with(self.standings.settled(name).0);
-            let mut conditions = published_before(&object.data);
-            conditions.extend(self.up_to_date(new, &boot));
-            object.data["status"] = object::status(&object, name, new, &boot, &conditions, Timestamp::now());
+            let conditions = self.conditions(published_before(&object.data), new, &boot);
+            object.data["status"] = object::status(&object, name, new, &boot, conditions, Timestamp::now());
             // An agent waits for its session, and not for what became of it, or of its health.
             let urgency = match &new.connection {
                 Connection::Connected { .. } if new.connection != old.connection => Urgency::Join,
@@ -384,14 +386,13 @@ impl Store {
     ) -> Result<Option<Duration>, CallError> {
         let Some(live) = war.live() else { return Ok(None) };
         let mut object = war.object().map_err(CallError::Unavailable)?;
-        let mut conditions = published_before(&object.data);
-        if published.is_some() || !conditions.is_empty() {
-            conditions = vec![Condition { kind: PUBLISHED, problem: published }];
-        }
+        let before = published_before(&object.data);
+        let published =
+            (published.is_some() || before.is_some()).then_some(Condition { kind: PUBLISHED, problem: published });
         let (standing, again) = self.standings.settled(name);
         let boot = live.boot.with(standing);
-        conditions.extend(self.up_to_date(&live.live, &boot));
-        let status = object::status(&object, name, &live.live, &boot, &conditions, Timestamp::now());
+        let conditions = self.conditions(published, &live.live, &boot);
+        let status = object::status(&object, name, &live.live, &boot, conditions, Timestamp::now());
         if status["conditions"] == object.data["status"]["conditions"] && boot == live.boot {
             return Ok(again);
         }
@@ -399,6 +400,12 @@ impl Store {
         let war = self.requests.replace_war_status(Urgency::Upkeep, name, &object).await?;
         self.cache.edit(name, |record| record.war.put(war));
         Ok(again)
+    }
+
+    /// What is said of a registration beside its connection and its health.
+    fn conditions(&self, published: Option<Condition>, live: &Live, boot: &BootState) -> Vec<serde_json::Value> {
+        let ours = published.into_iter().chain(self.up_to_date(live, boot));
+        ours.map(|it| it.to_json()).chain(admitted(&self.snapshots.borrow(), live)).collect()
     }
 
     fn up_to_date(&self, live: &Live, boot: &BootState) -> Option<Condition> {
@@ -410,17 +417,21 @@ impl Store {
 const PUBLISHED: &str = "Published";
 
 /// As the reconciler left it.
-fn published_before(data: &serde_json::Value) -> Vec<Condition> {
+fn published_before(data: &serde_json::Value) -> Option<Condition> {
     let conditions = data["status"]["conditions"].as_array();
-    let published = conditions.into_iter().flatten().find(|it| it["type"] == PUBLISHED);
-    published
-        .map(|it| {
-            let reason = if it["reason"] == NO_ADDRESS { NO_ADDRESS } else { NOT_OURS };
-            let message = it["message"].as_str().unwrap_or_default().to_owned();
-            Condition { kind: PUBLISHED, problem: (it["status"] != "True").then_some((reason, message)) }
-        })
-        .into_iter()
-        .collect()
+    let it = conditions?.iter().find(|it| it["type"] == PUBLISHED)?;
+    let reason = if it["reason"] == NO_ADDRESS { NO_ADDRESS } else { NOT_OURS };
+    let message = it["message"].as_str().unwrap_or_default().to_owned();
+    Some(Condition { kind: PUBLISHED, problem: (it["status"] != "True").then_some((reason, message)) })
+}
+
+/// The condition `Admitted`. `None`: what was said stays, as the registration is about to end, or nothing was read yet.
+pub(crate) fn admitted(snapshot: &Snapshot, live: &Live) -> Option<serde_json::Value> {
+    match snapshot.admits(live) {
+        Admits::Policy { name, rule } => Some(war::admitted(Some((&name, rule)))),
+        Admits::Unknown if snapshot.plane.is_some() => Some(war::admitted(None)),
+        Admits::Unknown | Admits::Nobody => None,
+    }
 }
 
 pub(crate) const NOT_OURS: &str = "WorkloadEntryNotOurs";

@@ -1,6 +1,9 @@
 //! What the mesh is told, beside what people write.
 
 use super::*;
+use onboarding_core::label::LabelSelector;
+use onboarding_core::policy::{AwsComputeMatcher, AwsMatcher, Matcher, Policy, PolicySet, Rule};
+use onboarding_endpoint::backend::PlaneSettings;
 
 pub(super) async fn edits_of_others_survive_and_nothing_is_written_twice(cluster: &Cluster) {
     let home = Home::new(cluster, "edits").await;
@@ -152,6 +155,95 @@ pub(super) async fn a_war_says_how_far_its_sidecar_is(cluster: &Cluster) {
     assert_eq!(reason(&war).as_deref(), Some("Refused"));
     next.registry.stands(&name, Some(applied(&next)));
     home.until_war(&name, "the report", |war| has(war, "UpToDate", "True")).await;
+}
+
+/// What `kubectl describe war` tells of who it is and why it may be there, as the policies change.
+pub(super) async fn a_war_says_which_policy_admits_it(cluster: &Cluster) {
+    let home = Home::new(cluster, "admitted").await;
+    let plane = home.plane().await;
+    // By name, and so many rules in each of which the last one admits.
+    let follow = |policies: &[(&str, usize)], policy_unreadable: bool| {
+        let rule = |account: &str| Rule {
+            workloads: vec![Matcher::Aws(AwsMatcher {
+                partitions: Vec::new(),
+                accounts: vec![account.to_owned()],
+                regions: Vec::new(),
+                zones: Vec::new(),
+                compute: AwsComputeMatcher::Ec2 { iam_role_names: Vec::new() },
+            })],
+            onboard_to: vec![LabelSelector::default()],
+        };
+        let policy = |(name, rules): &(&str, usize)| Policy {
+            namespace: home.namespace.clone(),
+            name: (*name).to_owned(),
+            rules: (1..*rules).map(|_| rule("999999999999")).chain([rule("123456789012")]).collect(),
+        };
+        let groups = home.groups.iter().map(|(name, object)| (name.clone(), object.group.clone()));
+        plane.snapshots.send_replace(Arc::new(Snapshot {
+            plane: Some(Arc::new(PlaneSettings {
+                uid: "0b6c".to_owned(),
+                hosts: Vec::new(),
+                token_life: WITHIN,
+                propagation_delay: WITHIN,
+                issuers: Vec::new(),
+                local_repository: false,
+            })),
+            policies: Arc::new(PolicySet::compile(policies.iter().map(policy).collect())),
+            groups: groups.collect(),
+            policy_unreadable,
+            ..Snapshot::default()
+        }));
+    };
+    follow(&[("our-vms", 3)], false);
+    let (name, live) = home.live(1, 1);
+    plane.store_live(&name, &live).await;
+    let writes = counts(&plane)[2];
+    plane.insist(&name, |_| live_state(&ready(&connected(&live, "s")))).await;
+    plane.registry.stands(&name, Some(applied(&plane)));
+    let war = home.until_war(&name, "its conditions", |war| has(war, "UpToDate", "True")).await;
+    assert_eq!(condition(&war, "Admitted").unwrap()["message"], "OnboardingPolicy our-vms, rule spec.allow[2]");
+    assert_eq!(counts(&plane)[2], writes + 2, "it goes with what is written anyhow");
+
+    let described = cluster.kubectl(["describe", "war", &name.name, "-n", &home.namespace]).unwrap();
+    let said: Vec<String> =
+        described.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+    for wanted in [
+        "Account: 123456789012",
+        "Instance Id: i-00000000000000001",
+        "Ip: 10.0.0.4",
+        "Reason: AgentEstablishedConnection",
+        "Reason: ApplicationReady",
+        "Reason: AsWanted",
+        "Message: OnboardingPolicy our-vms, rule spec.allow[2]",
+        "Reason: AllowedByPolicy",
+    ] {
+        assert!(said.iter().any(|line| line == wanted), "{wanted:?} isn't in {described}");
+    }
+
+    // Another one that comes first, then none that can be read; a registration that nobody admits keeps what it said, and ends.
+    let message =
+        |wanted: &'static str| move |war: &Value| condition(war, "Admitted").is_some_and(|it| it["message"] == wanted);
+    follow(&[("a-first", 1), ("our-vms", 3)], false);
+    let since = condition(&war, "Admitted").unwrap()["lastTransitionTime"].clone();
+    let war = home.until_war(&name, "the other policy", message("OnboardingPolicy a-first, rule spec.allow[0]")).await;
+    assert_eq!(condition(&war, "Admitted").unwrap()["lastTransitionTime"], since);
+    follow(&[], true);
+    home.until_war(&name, "that nobody can say", |war| has(war, "Admitted", "Unknown")).await;
+    follow(&[], false);
+    follow(&[("our-vms", 1)], false);
+    home.until_war(&name, "the policy", message("OnboardingPolicy our-vms, rule spec.allow[0]")).await;
+    // What doesn't change who admits is written nowhere.
+    let writes = counts(&plane)[2];
+    follow(&[("our-vms", 1), ("z-last", 1)], false);
+    plane
+        .store_live(
+            &name,
+            &Live { health: Health { ready: false, message: "probe".to_owned() }, ..connected(&live, "s") },
+        )
+        .await;
+    home.until_war(&name, "its health", |war| has(war, "Healthy", "False")).await;
+    assert_eq!(counts(&plane)[2], writes + 1);
+    plane.stop().await;
 }
 
 pub(super) async fn what_no_plane_made_is_left_alone(cluster: &Cluster) {

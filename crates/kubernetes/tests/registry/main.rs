@@ -22,7 +22,7 @@ use onboarding_core::registration::{
     ConnectedOver, Connection, DisconnectReason, Ended, Event, Health, HostAddress, HostReport, KeyMemory, Live,
     NOT_UP, Refusal, State, admits_key, step,
 };
-use onboarding_endpoint::backend::{Registry, RegistryError, Stored};
+use onboarding_endpoint::backend::{Registry, RegistryError, Snapshot, Stored};
 use onboarding_kubernetes::names;
 use onboarding_kubernetes::registry::groups::{GroupObject, Groups};
 use onboarding_kubernetes::registry::{Behind, BehindReason, KubernetesRegistry, Options, Standing, Standings, start};
@@ -64,6 +64,7 @@ async fn registrations_in_a_cluster() {
     entries::edits_of_others_survive_and_nothing_is_written_twice(&cluster).await;
     entries::a_group_reaches_its_entries(&cluster).await;
     entries::a_war_says_how_far_its_sidecar_is(&cluster).await;
+    entries::a_war_says_which_policy_admits_it(&cluster).await;
     entries::what_no_plane_made_is_left_alone(&cluster).await;
     entries::an_entry_is_put_back_and_says_when_it_cannot_be_made(&cluster).await;
     crowds::many_come_and_go(&cluster).await;
@@ -83,6 +84,7 @@ async fn client(cluster: &Cluster, user: Option<&str>) -> Client {
 struct Plane {
     registry: Arc<KubernetesRegistry>,
     groups: watch::Sender<Arc<Groups>>,
+    snapshots: watch::Sender<Arc<Snapshot>>,
     metrics: prometheus_client::registry::Registry,
     stop: CancellationToken,
     task: Option<JoinHandle<anyhow::Result<()>>>,
@@ -91,12 +93,13 @@ struct Plane {
 impl Plane {
     async fn start(client: Client, namespace: &str, groups: &Groups) -> Self {
         let (groups, receiver) = watch::channel(Arc::new(groups.clone()));
+        let (snapshots, admitting) = watch::channel(Arc::default());
         let stop = CancellationToken::new();
         let mut metrics = prometheus_client::registry::Registry::default();
         let options = Options { namespace: namespace.to_owned() };
-        let (registry, task) = start(client, options, receiver, &mut metrics, stop.clone());
+        let (registry, task) = start(client, options, receiver, admitting, &mut metrics, stop.clone());
         registry.listed(WITHIN).await.unwrap();
-        Self { registry, groups, metrics, stop, task: Some(task) }
+        Self { registry, groups, snapshots, metrics, stop, task: Some(task) }
     }
 
     async fn stop(mut self) {
