@@ -49,7 +49,12 @@ pub async fn accept(
         };
         match accepted {
             Ok((stream, peer)) => match addresses.enter(peer.ip()) {
-                Some(guard) => enter(stream, peer, Place { _one_of_all: permit, _one_of_its_address: guard }),
+                // An IPv4 peer of a socket for both is known by its own address.
+                Some(guard) => enter(
+                    stream,
+                    (peer.ip().to_canonical(), peer.port()).into(),
+                    Place { _one_of_all: permit, _one_of_its_address: guard },
+                ),
                 None => refused(),
             },
             Err(error) => {

@@ -31,6 +31,7 @@ use limits::{Limits, Rates};
 use listener::Listener;
 use metrics::Metrics;
 use onboarding_attest::Attestors;
+use onboarding_runtime::listen::listen as bind;
 use onboarding_runtime::readiness::Readiness;
 use onboarding_runtime::shutdown::Drain;
 use onboarding_wire::onboarding as pb;
@@ -38,7 +39,6 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -115,7 +115,7 @@ pub async fn start(
     let certificates = Arc::new(Certificates::new(metrics.certificate_expiry.clone()));
     certificates.take(&backend.config.watch().borrow().clone(), &readiness);
     let tls = certificate::acceptor(certificates.clone(), &["h2"])?;
-    let tcp = TcpListener::bind(listen).await.with_context(|| format!("listening on {listen}"))?;
+    let tcp = bind(listen).with_context(|| format!("listening on {listen}"))?;
     let address = tcp.local_addr().context("the listener's address")?;
 
     let config = backend.config.clone();

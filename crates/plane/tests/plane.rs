@@ -25,10 +25,14 @@ struct Plane {
 
 impl Plane {
     fn start(dir: &Path, more: &[&str]) -> Self {
+        Self::start_at("127.0.0.1:0", dir, more)
+    }
+
+    fn start_at(address: &str, dir: &Path, more: &[&str]) -> Self {
         std::fs::create_dir_all(dir.join("manifests")).unwrap();
         let mut child = command()
             .arg("standalone")
-            .args(["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--log-format", "json"])
+            .args(["--listen", address, "--admin-listen", address, "--log-format", "json"])
             .arg("--manifests")
             .arg(dir.join("manifests"))
             .arg("--data-dir")
@@ -111,6 +115,21 @@ fn it_says_how_it_is_set_up_and_what_is_missing_and_ends_when_it_is_told_to() {
     assert_eq!(second.child.wait().unwrap().code(), Some(1));
     assert_eq!(plane.terminate(), Some(0));
     assert!(!dir.path().join("data/admin.sock").exists());
+}
+
+/// In a cluster it listens as here: its pods may have addresses of either family, or of both.
+#[test]
+fn where_it_listens_on_any_address_it_is_reached_by_ipv4_and_ipv6() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut plane = Plane::start_at("[::]:0", dir.path(), &[]);
+    let port = |line: &serde_json::Value| line["address"].as_str().unwrap().rsplit(':').next().unwrap().to_owned();
+    let endpoint = port(&plane.line("the endpoint listens"));
+    let admin = port(&plane.line("metrics and readiness are served"));
+    for host in ["127.0.0.1", "[::1]"] {
+        assert!(get(&format!("{host}:{admin}"), "/healthz").starts_with("HTTP/1.1 200"), "{host}");
+        TcpStream::connect(format!("{host}:{endpoint}")).unwrap();
+    }
+    assert_eq!(plane.terminate(), Some(0));
 }
 
 #[test]

@@ -21,6 +21,7 @@ use catalog::Catalog;
 use onboarding_endpoint::backend::ConfigSource;
 use onboarding_endpoint::certificate::{Certificates, acceptor};
 use onboarding_runtime::backoff::Backoff;
+use onboarding_runtime::listen::listen as bind;
 use onboarding_runtime::readiness::Readiness;
 use onboarding_runtime::shutdown::Drain;
 use server::Server;
@@ -30,7 +31,6 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -94,7 +94,7 @@ pub async fn start(
     let first = config.watch().borrow().clone();
     certificates.take(&first, &readiness);
     let tls = acceptor(certificates.clone(), &["h2", "http/1.1"])?;
-    let tcp = TcpListener::bind(listen).await.with_context(|| format!("listening on {listen}"))?;
+    let tcp = bind(listen).with_context(|| format!("listening on {listen}"))?;
     let address = tcp.local_addr().context("the listener's address")?;
     let catalog = Arc::new(Catalog::new(packages.clone()));
     let drain = Drain::default();

@@ -1,5 +1,6 @@
 //! The admin address: `/metrics`, `/healthz`, `/readyz`. Plain HTTP, for a probe and a scraper; nothing can be changed through it.
 
+use crate::listen::listen;
 use crate::readiness::Readiness;
 use axum::Router;
 use axum::http::{StatusCode, header};
@@ -9,7 +10,6 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 /// Serves until `stop`; answers with the bound address.
@@ -19,7 +19,7 @@ pub async fn serve(
     readiness: Readiness,
     stop: CancellationToken,
 ) -> std::io::Result<(SocketAddr, tokio::task::JoinHandle<std::io::Result<()>>)> {
-    let listener = TcpListener::bind(address).await?;
+    let listener = listen(address)?;
     let bound = listener.local_addr()?;
     let app = Router::new()
         .route("/healthz", get(|| async { "ok\n" }))

@@ -1,10 +1,11 @@
-//! What every binary shares: logs, signals, draining, readiness, metrics, the admin server, backoff.
+//! What every binary shares: logs, signals, draining, readiness, metrics, listening, the admin server, backoff.
 //!
 //! Nothing here knows what onboarding is.
 
 pub mod admin;
 pub mod backoff;
 pub mod descriptors;
+pub mod listen;
 pub mod logs;
 pub mod readiness;
 pub mod shutdown;
