@@ -2,10 +2,11 @@
 
 use crate::audit::{Decision as Outcome, Entry};
 use crate::authority::{Authority, refusal_status, registry_status, timestamp, token_status};
-use crate::backend::{self, PlaneSettings, Snapshot};
+use crate::backend::{PlaneSettings, Snapshot};
 use crate::connection::Connection;
 use crate::lifecycle::vouched_for;
 use crate::limits::exhausted;
+use crate::refusal::{ATTESTATION_UNAVAILABLE, BELONGS_TO_ANOTHER, EVIDENCE_REFUSED, NOT_AUTHORIZED, Refused};
 use jiff::Timestamp;
 use onboarding_attest::{AttestError, Context, Evidence};
 use onboarding_core::group::WorkloadGroup;
@@ -14,7 +15,6 @@ use onboarding_core::name::{GroupName, RegistrationName, is_resource_name, regis
 use onboarding_core::policy::Decision;
 use onboarding_core::registration::admits_key;
 use onboarding_core::token::{Claims, lifetime};
-use onboarding_kinds::identity;
 use onboarding_wire::convert::group_name;
 use onboarding_wire::onboarding as pb;
 use onboarding_wire::proof::Purpose;
@@ -104,18 +104,6 @@ struct Grant {
     rule: usize,
 }
 
-/// Why an authorization is refused: what the agent is told, and what is written down.
-pub(crate) struct Refused {
-    pub(crate) status: Status,
-    reasons: Vec<String>,
-}
-
-impl From<Status> for Refused {
-    fn from(status: Status) -> Self {
-        Self { reasons: vec![status.message().to_owned()], status }
-    }
-}
-
 impl Case<'_> {
     async fn decide(
         &mut self,
@@ -165,36 +153,20 @@ impl Case<'_> {
     }
 
     async fn refuse(&self, refused: Refused) -> Status {
-        let mut entry = self.entry(Outcome::Refused);
-        entry.reasons = &refused.reasons;
-        tracing::warn!(
-            group = %self.group,
-            peer = %self.connection.peer,
-            reason = %refused.status.message().escape_debug(),
-            "onboarding refused"
-        );
-        // A refusal stands whether it could be written down or not.
-        let _ = self.authority.write_down(&entry).await;
-        if let Some(reason) = self.for_operators(&refused.status) {
-            self.authority.backend.notices.refused(backend::Refused {
-                group: self.group.clone(),
-                identity: self
-                    .attested
-                    .as_ref()
-                    .map(|attested| identity::to_json(&attested.identity, identity::Case::Camel).to_string()),
-                reason,
-                message: refused.status.message().to_owned(),
-            });
-        }
+        let identity = self.attested.as_ref().map(|attested| &attested.identity);
+        let reason = self.for_operators(&refused.status);
+        self.authority.tell(self.entry(Outcome::Refused), &self.group, identity, &refused, reason).await;
         refused.status
     }
 
     /// What a refusal is called, where it is one that an operator can do something about.
     fn for_operators(&self, status: &Status) -> Option<&'static str> {
         match status.code() {
-            Code::PermissionDenied => Some("NotAuthorized"),
-            Code::Unauthenticated if self.key.is_some() => Some("EvidenceRefused"),
-            Code::FailedPrecondition if self.registration.is_some() => Some("RegistrationBelongsToAnother"),
+            Code::PermissionDenied => Some(NOT_AUTHORIZED),
+            Code::Unauthenticated if self.key.is_some() => Some(EVIDENCE_REFUSED),
+            // Who is asked about the evidence (an issuer's keys, STS) doesn't answer.
+            Code::Unavailable if self.key.is_some() && self.attested.is_none() => Some(ATTESTATION_UNAVAILABLE),
+            Code::FailedPrecondition if self.registration.is_some() => Some(BELONGS_TO_ANOTHER),
             _ => None,
         }
     }
@@ -253,13 +225,13 @@ pub(crate) fn admission<'a>(
         Decision::Allowed { policy, rule } => Ok(Admission { group, policy, rule }),
         Decision::Refused => {
             let reasons = snapshot.policies.reasons(identity, group, MOST_REASONS);
-            let reasons: Vec<String> = reasons.iter().map(ToString::to_string).collect();
+            let mut reasons: Vec<String> = reasons.iter().map(ToString::to_string).collect();
+            if reasons.is_empty() {
+                reasons.push(format!("there is no OnboardingPolicy in namespace {}", name.namespace));
+            }
             let mut message = format!("Not authorized by OnboardingPolicy to join WorkloadGroup {name}");
             if snapshot.policy_unreadable {
                 message.push_str("; a policy can't be read, see the plane's log");
-            }
-            if reasons.is_empty() {
-                message.push_str(&format!("; there is no OnboardingPolicy in namespace {}", name.namespace));
             }
             for reason in &reasons {
                 message.push_str("; ");

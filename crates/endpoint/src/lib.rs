@@ -15,6 +15,7 @@ mod lifecycle;
 pub mod limits;
 mod listener;
 mod metrics;
+mod refusal;
 mod registration;
 mod session;
 mod token;

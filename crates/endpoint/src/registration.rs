@@ -4,6 +4,7 @@ use crate::authority::{Authority, Caller, apply_status};
 use crate::authorization::admission;
 use crate::connection::Connection;
 use crate::lifecycle::ApplyError;
+use crate::refusal::Refused;
 use onboarding_core::group::WorkloadEntry;
 use onboarding_core::registration::{Event, HostReport, Refusal, Register, SidecarReport};
 use onboarding_kinds::{label_key, label_value};
@@ -22,16 +23,24 @@ impl Authority {
         connection: &Connection,
         request: Request<pb::RegisterWorkloadRequest>,
     ) -> Result<pb::RegisterWorkloadResponse, Status> {
-        let Caller { claims, snapshot, .. } =
-            self.caller(connection, &request, request.get_ref().proof.as_ref()).await?;
-        let registration = request
-            .into_inner()
-            .registration
+        let caller = self.caller(connection, &request, request.get_ref().proof.as_ref()).await?;
+        match self.put_on_record(&caller, request.into_inner().registration).await {
+            Ok(()) => {
+                let name = &caller.claims.subject;
+                tracing::info!(registration = %name, peer = %connection.peer, "registered");
+                Ok(pb::RegisterWorkloadResponse { name: name.to_string() })
+            }
+            Err(refused) => Err(self.refuse(connection, &caller.claims, refused).await),
+        }
+    }
+
+    async fn put_on_record(&self, caller: &Caller, registration: Option<pb::Registration>) -> Result<(), Refused> {
+        let Caller { claims, snapshot, .. } = caller;
+        let registration = registration
             .ok_or_else(|| Status::invalid_argument("registration: what the agent says of itself is missing"))?;
         let report = HostReport::try_from(registration).map_err(|error| Status::invalid_argument(error.to_string()))?;
         check(&report).map_err(Status::invalid_argument)?;
-        let admission = admission(&snapshot, &claims.attested.identity, &claims.group);
-        let group = admission.map_err(|refused| refused.status)?.group;
+        let group = admission(snapshot, &claims.attested.identity, &claims.group)?.group;
         WorkloadEntry::new(claims.subject.clone(), group, &claims.attested.identity, &report)
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
         let event = Event::Register(Box::new(Register {
@@ -48,8 +57,7 @@ impl Authority {
         if !self.lifecycle.enforce(name, &state, &now).await.map_err(apply_status)? {
             return Err(not_admitted_any_more(&now, &claims.attested.identity, &claims.group));
         }
-        tracing::info!(registration = %name, peer = %connection.peer, "registered");
-        Ok(pb::RegisterWorkloadResponse { name: name.to_string() })
+        Ok(())
     }
 
     pub(crate) async fn unregister(
@@ -73,10 +81,10 @@ pub(crate) fn not_admitted_any_more(
     snapshot: &crate::backend::Snapshot,
     identity: &onboarding_core::identity::Identity,
     group: &onboarding_core::name::GroupName,
-) -> Status {
+) -> Refused {
     match admission(snapshot, identity, group) {
-        Err(refused) => refused.status,
-        Ok(_) => Status::aborted("the policies changed meanwhile; onboard again"),
+        Err(refused) => refused,
+        Ok(_) => Status::aborted("the policies changed meanwhile; onboard again").into(),
     }
 }
 

@@ -2,10 +2,11 @@
 
 use crate::authority::{Authority, Caller, Calls, apply_status, registry_status, requires_live};
 use crate::authorization::admission;
-use crate::backend::{ProvisionError, Refused, Workload};
+use crate::backend::{self, ProvisionError, Snapshot, Workload};
 use crate::connection::Connection;
 use crate::limits::Budget;
 use crate::metrics::Why;
+use crate::refusal::Refused;
 use crate::registration::not_admitted_any_more;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
@@ -67,16 +68,15 @@ async fn open(
     };
     let caller = authority.caller(&connection, &request, hello.proof.as_ref()).await?;
     let Caller { claims, snapshot, .. } = caller;
-    admission(&snapshot, &claims.attested.identity, &claims.group).map_err(|refused| refused.status)?;
-    let state = authority.lifecycle.load(&claims.subject).await.map_err(registry_status)?;
-    requires_live(&state, &claims)?;
-
+    if let Err(refused) = may_connect(&authority, &claims, &snapshot).await {
+        return Err(authority.refuse(&connection, &claims, refused).await);
+    }
     let session = uuid::Uuid::new_v4().to_string();
     // Known before it is on record, so that whoever replaces it finds it.
     let ended = authority.lifecycle.sessions().opened(&claims.subject, session.clone());
-    if let Err(status) = connect(&authority, &claims, &session).await {
+    if let Err(refused) = connect(&authority, &claims, &session).await {
         authority.lifecycle.sessions().closed(&session);
-        return Err(status);
+        return Err(authority.refuse(&connection, &claims, refused).await);
     }
     // Small: what an agent gets is ready one after the other, and ten thousand agents each have one.
     let (outgoing, stream) = mpsc::channel(1);
@@ -98,8 +98,14 @@ async fn open(
     Ok(ReceiverStream::new(stream).map(|message| Ok(*message)).boxed())
 }
 
+async fn may_connect(authority: &Authority, claims: &Claims, snapshot: &Snapshot) -> Result<(), Refused> {
+    admission(snapshot, &claims.attested.identity, &claims.group)?;
+    let state = authority.lifecycle.load(&claims.subject).await.map_err(registry_status)?;
+    Ok(requires_live(&state, claims)?)
+}
+
 /// Puts the session on record, if a policy admits it still.
-async fn connect(authority: &Authority, claims: &Claims, session: &str) -> Result<(), Status> {
+async fn connect(authority: &Authority, claims: &Claims, session: &str) -> Result<(), Refused> {
     let connect = Event::Connect { replica: authority.replica.clone(), session: session.to_owned(), key: claims.key };
     let state = authority.lifecycle.apply(&claims.subject, connect).await.map_err(apply_status)?;
     authority.lifecycle.sessions().put_on_record(&claims.subject, session);
@@ -210,7 +216,7 @@ impl Session {
     async fn no_boot(&mut self, error: &ProvisionError) -> Result<(), Over> {
         tracing::error!(registration = %self.claims.subject, %error, "no boot configuration could be made");
         let message = error.to_string();
-        self.authority.backend.notices.refused(Refused {
+        self.authority.backend.notices.refused(backend::Refused {
             group: self.workload.group.clone(),
             // Of a thousand workloads that lack the same it is said once; which they are, their registrations say.
             identity: None,

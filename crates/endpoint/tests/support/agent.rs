@@ -153,11 +153,20 @@ impl Agent {
     }
 
     pub async fn register_at(&self, ip: &str, proof: Option<pb::KeyProof>) -> Result<String, Status> {
+        self.register_as(ip, HashMap::new(), proof).await
+    }
+
+    pub async fn register_as(
+        &self,
+        ip: &str,
+        labels: HashMap<String, String>,
+        proof: Option<pb::KeyProof>,
+    ) -> Result<String, Status> {
         let registration = pb::Registration {
             agent_version: "1.0.0".to_owned(),
             sidecar: Some(pb::registration::Sidecar::Envoy(pb::EnvoySidecar { version: "1.40.0".to_owned() })),
             addresses: vec![pb::HostAddress { ip: ip.to_owned(), kind: pb::AddressKind::Vpc.into() }],
-            labels: HashMap::new(),
+            labels,
             connected_over: pb::AddressKind::Vpc.into(),
         };
         let request = self.bearer(pb::RegisterWorkloadRequest { registration: Some(registration), proof });
