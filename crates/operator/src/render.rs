@@ -21,6 +21,11 @@ const ADMIN_PORT: u16 = 15021;
 const HTTPS_PORT: u16 = 443;
 const HTTPS_TARGET_PORT: u16 = 8443;
 
+/// Every address of a pod, IPv6 or IPv4.
+const ANY: &str = "[::]";
+/// Of Services: both families where the cluster has both, else the one that it has.
+const IP_FAMILIES: &str = "PreferDualStack";
+
 const PLANE: &str = "onboarding-plane";
 const GATEWAY: &str = "vmgateway";
 const REPOSITORY: &str = "onboarding-repository";
@@ -94,9 +99,7 @@ pub fn render(enabled: Enabled<'_>, settings: &Settings, facts: &Facts) -> Vec<V
     let all = Objects { enabled, settings, facts };
     let mut objects = access::render(&all);
     objects.extend(plane::render(&all));
-    if all.has_gateway() {
-        objects.extend(gateway::render(&all));
-    }
+    objects.extend(gateway::render(&all));
     if enabled.onboarding.local_repository {
         objects.extend(repository::render(&all));
     }
@@ -111,9 +114,6 @@ struct Objects<'a> {
 }
 
 impl Objects<'_> {
-    fn has_gateway(&self) -> bool {
-        self.enabled.plane.custom_gateway.is_none()
-    }
     fn namespace(&self) -> &str {
         &self.enabled.plane.namespace
     }
@@ -211,10 +211,10 @@ impl Objects<'_> {
         self.object(name, "networking.k8s.io/v1", "NetworkPolicy", name, json!({"spec": spec}))
     }
 
-    /// To this port from the gateway; from anywhere where the gateway is somebody else's.
+    /// To this port from the gateway; from anywhere where there is another one beside it, which may be anywhere.
     fn ingress_of_gateway(&self, port: u16) -> Value {
         let mut rule = json!({"ports": [{"port": port, "protocol": "TCP"}]});
-        if self.has_gateway() {
+        if self.enabled.plane.custom_gateway.is_none() {
             rule["from"] = json!([{"podSelector": {"matchLabels": self.selector(GATEWAY)}}]);
         }
         rule

@@ -127,6 +127,19 @@ fn what_is_ours_comes_back_and_what_others_add_stays() {
         world.wait(&format!("--for=create {object}"));
         assert_ne!(uid(), before);
     }
+    // Another gateway is one more: ours stays as it is, and the plane may be reached from elsewhere too.
+    let gateway = "get service/vmgateway deployment/vmgateway gateway.networking.istio.io/vmgateway";
+    let gateway = || world.kubectl(&format!("{gateway} -o jsonpath={{.items[*].metadata.uid}}"));
+    let from = "get networkpolicy onboarding-plane -o jsonpath={.spec.ingress[0].from}";
+    let before = gateway();
+    assert!(world.kubectl(from).contains("vmgateway"), "{}", world.kubectl(from));
+    world.apply_control_plane(&ENABLED.replacen('{', "{customGateway: {host: gateway.corp}, ", 1));
+    world.wait("--for=jsonpath={.metadata.generation}=2 networkpolicy/onboarding-plane");
+    assert_eq!((world.kubectl(from), gateway()), (String::new(), before));
+    world.apply_control_plane(ENABLED);
+    world.wait("--for=jsonpath={.metadata.generation}=3 networkpolicy/onboarding-plane");
+    // Of a cluster with one family, Services have that one.
+    assert_eq!(world.kubectl("get service vmgateway -o jsonpath={.spec.ipFamilyPolicy}"), "PreferDualStack");
     world.kubectl(r#"patch role onboarding-plane --type=merge -p {"rules":[]}"#);
     world.wait("--for=jsonpath={.rules[0].apiGroups[0]}=install.tetrate.io role/onboarding-plane");
     // What the plane keeps in a Secret that the operator made is the plane's.
@@ -204,6 +217,10 @@ fn the_plane_runs_with_what_its_account_may() {
     let plane = world.plane();
     // What it lacks a permission for it says so, and isn't ready or warns.
     plane.until("/readyz", |answer| answer.starts_with("HTTP/1.1 200"));
+    // Its pod may have an address of either family.
+    for address in ["127.0.0.1", "[::1]"] {
+        assert!(plane.get_by(address, "/readyz").starts_with("HTTP/1.1 200"), "{address}");
+    }
     let keys = "--for=jsonpath={.metadata.managedFields[?(@.manager==\"onboarding-plane\")].operation}=Update";
     world.wait(&format!("{keys} secret/onboarding-plane-token-keys"));
     world.wait("--for=create lease/onboarding-plane lease/onboarding-plane-pod-1");

@@ -6,7 +6,8 @@
 
 use super::pod::Pod;
 use super::{
-    ADMIN_PORT, ENDPOINT_PORT, GATEWAY, HTTPS_PORT, HTTPS_TARGET_PORT, Objects, PLANE, REPOSITORY, ingress_of_cluster,
+    ADMIN_PORT, ENDPOINT_PORT, GATEWAY, HTTPS_PORT, HTTPS_TARGET_PORT, IP_FAMILIES, Objects, PLANE, REPOSITORY,
+    ingress_of_cluster,
 };
 use serde_json::{Value, json};
 use std::net::IpAddr;
@@ -55,7 +56,9 @@ fn service(all: &Objects<'_>) -> Value {
     if has_repository(all) {
         ports.push(port("tls-repository", HTTPS_PORT, HTTPS_TARGET_PORT));
     }
-    let spec = json!({"type": "LoadBalancer", "selector": all.selector(GATEWAY), "ports": ports});
+    let spec = json!({
+        "type": "LoadBalancer", "ipFamilyPolicy": IP_FAMILIES, "selector": all.selector(GATEWAY), "ports": ports,
+    });
     let mut service = all.object(GATEWAY, "v1", "Service", GATEWAY, json!({"spec": spec}));
     let names = names(all);
     if !names.is_empty() {

@@ -1,7 +1,7 @@
 //! The endpoint.
 
 use super::pod::Pod;
-use super::{ADMIN_PORT, ENDPOINT_PORT, Objects, PLANE, ingress_of_cluster};
+use super::{ADMIN_PORT, ANY, ENDPOINT_PORT, IP_FAMILIES, Objects, PLANE, ingress_of_cluster};
 use serde_json::{Value, json};
 
 /// All agents come from the addresses of a few gateways: a limit for each address would be one for all of them.
@@ -12,6 +12,7 @@ const GRACE_PERIOD: u32 = 60;
 
 pub(super) fn render(all: &Objects<'_>) -> Vec<Value> {
     let service = json!({"spec": {
+        "ipFamilyPolicy": IP_FAMILIES,
         "selector": all.selector(PLANE),
         "ports": [{
             "name": "tls-onboarding", "port": ENDPOINT_PORT, "targetPort": ENDPOINT_PORT, "protocol": "TCP",
@@ -38,8 +39,8 @@ fn deployment(all: &Objects<'_>) -> Value {
             "kubernetes",
             "--namespace", "$(POD_NAMESPACE)",
             "--replica", "$(POD_NAME)",
-            "--listen", format!("0.0.0.0:{ENDPOINT_PORT}"),
-            "--admin-listen", format!("0.0.0.0:{ADMIN_PORT}"),
+            "--listen", format!("{ANY}:{ENDPOINT_PORT}"),
+            "--admin-listen", format!("{ANY}:{ADMIN_PORT}"),
             "--audit-log", "-",
             "--log-format", "json",
             "--authorizations-per-second", AUTHORIZATIONS_PER_SECOND.to_string(),

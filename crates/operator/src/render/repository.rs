@@ -1,7 +1,9 @@
 //! The server of DEB and RPM packages. It asks nothing of the API server: its account has no permissions and its pod no token.
 
 use super::pod::Pod;
-use super::{ADMIN_PORT, HTTPS_PORT, HTTPS_TARGET_PORT, Objects, Packages, REPOSITORY, ingress_of_cluster};
+use super::{
+    ADMIN_PORT, ANY, HTTPS_PORT, HTTPS_TARGET_PORT, IP_FAMILIES, Objects, Packages, REPOSITORY, ingress_of_cluster,
+};
 use serde_json::{Value, json};
 
 const CERTIFICATE_DIRECTORY: &str = "/etc/onboarding-repository/tls";
@@ -11,6 +13,7 @@ const GRACE_PERIOD: u32 = 60;
 
 pub(super) fn render(all: &Objects<'_>) -> Vec<Value> {
     let service = json!({"spec": {
+        "ipFamilyPolicy": IP_FAMILIES,
         "selector": all.selector(REPOSITORY),
         "ports": [{
             "name": "tls-repository", "port": HTTPS_PORT, "targetPort": HTTPS_TARGET_PORT, "protocol": "TCP",
@@ -42,8 +45,8 @@ fn deployment(all: &Objects<'_>) -> Value {
         "name": REPOSITORY,
         "image": all.settings.repository_image,
         "args": [
-            "--listen", format!("0.0.0.0:{HTTPS_TARGET_PORT}"),
-            "--admin-listen", format!("0.0.0.0:{ADMIN_PORT}"),
+            "--listen", format!("{ANY}:{HTTPS_TARGET_PORT}"),
+            "--admin-listen", format!("{ANY}:{ADMIN_PORT}"),
             "--certificate-directory", CERTIFICATE_DIRECTORY,
             "--log-format", "json",
         ],

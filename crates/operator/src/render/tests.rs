@@ -76,9 +76,11 @@ fn the_gateway_of_a_plain_control_plane() {
 }
 
 #[test]
-fn with_another_gateway_there_is_none_of_ours() {
+fn another_gateway_stands_beside_ours() {
     let objects = rendered(OTHER_GATEWAY, &settings(), &facts());
     insta::assert_yaml_snapshot!("other_gateway_headings", headings(&objects));
+    let alone = OTHER_GATEWAY.replace(", customGateway: {host: gateway.corp}", "");
+    assert_eq!(headings(&objects), headings(&rendered(&alone, &settings(), &facts())));
     // It may be anywhere.
     for name in [PLANE, REPOSITORY] {
         assert_eq!(find(&objects, "NetworkPolicy", name)["spec"]["ingress"][0].get("from"), None);

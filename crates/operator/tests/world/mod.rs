@@ -74,8 +74,8 @@ impl World {
         let arguments = "jsonpath={.spec.template.spec.containers[0].args}";
         let arguments = self.kubectl(&format!("get deployment onboarding-plane -o {arguments}"));
         let arguments: Vec<String> = serde_json::from_str(&arguments).unwrap();
-        let here = |argument: String| match argument.strip_prefix("0.0.0.0:") {
-            Some(_) => "127.0.0.1:0".to_owned(),
+        let here = |argument: String| match argument.strip_prefix("[::]:") {
+            Some(_) => "[::]:0".to_owned(),
             None => argument.replace("$(POD_NAMESPACE)", NAMESPACE).replace("$(POD_NAME)", "pod-1"),
         };
         let mut command = Command::new(program);
@@ -181,7 +181,17 @@ pub struct Program {
 
 impl Program {
     fn get(&self, path: &str) -> String {
-        let mut stream = TcpStream::connect(&self.admin).unwrap();
+        Self::get_at(&self.admin, path)
+    }
+
+    /// What is answered at this address of the machine, an IPv6 one in brackets.
+    pub fn get_by(&self, address: &str, path: &str) -> String {
+        let port = self.admin.rsplit(':').next().unwrap();
+        Self::get_at(&format!("{address}:{port}"), path)
+    }
+
+    fn get_at(address: &str, path: &str) -> String {
+        let mut stream = TcpStream::connect(address).unwrap();
         write!(stream, "GET {path} HTTP/1.1\r\nHost: operator\r\nConnection: close\r\n\r\n").unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
