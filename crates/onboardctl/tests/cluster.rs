@@ -419,6 +419,8 @@ fn the_doctor_finds_what_is_missing_until_nothing_is() {
     );
 
     reader(&world);
+    admission_and_revisions(&world);
+    another_gateway(&world, &host);
 
     // What breaks later.
     world.cluster.kubectl(["delete", "war", EC2, "-n", "bookinfo"]).unwrap();
@@ -436,6 +438,73 @@ fn the_doctor_finds_what_is_missing_until_nothing_is() {
     let broken = broken
         .says(&format!("FAIL registrations: 1 weren't connected for longer than the grace period (5m): bookinfo/{VM}"));
     broken.says(&format!("warn WorkloadEntries: 1 that the plane made have no registration any more: bookinfo/{EC2}"));
+}
+
+/// Policies and groups that don't fit each other, and revisions that aren't there: each found, and gone once it is put right.
+fn admission_and_revisions(world: &World) {
+    let apply = |yaml: &str| world.cluster.apply(yaml).unwrap();
+    let doctor = || world.run(&["doctor"]);
+    apply(&NARROW.replace("name: allow-narrow", "name: nobody").replace("app: ratings", "app: reviews"));
+    doctor().is(0).says("warn OnboardingPolicy bookinfo/nobody-subset-of-aws-ec2-instances: admits nobody: no WorkloadGroup of its namespace has the labels");
+    apply(&GROUP.replace("ratings", "lonely").replace("serviceAccount: lonely-vm", "serviceAccount: ratings-vm"));
+    doctor().is(0).says(
+        "warn WorkloadGroup bookinfo/lonely: nobody may join it: no OnboardingPolicy of its namespace selects it",
+    );
+    world.cluster.kubectl(["label", "workloadgroup", "ratings", "-n", "bookinfo", "istio.io/rev=canary"]).unwrap();
+    doctor()
+        .is(0)
+        .says("warn WorkloadGroup bookinfo/ratings: asks for the Istio revision \"canary\", of which there is no ConfigMap istio-canary");
+
+    // That revision, half there at first.
+    let mut istiod = deployment("istiod-canary");
+    istiod["metadata"]["labels"] = json!({"app": "istiod", "istio.io/rev": "canary"});
+    apply(&istiod.to_string());
+    doctor()
+        .is(1)
+        .says("FAIL istiod istiod-canary: isn't available (revision canary, image example/istiod-canary:1)")
+        .says("FAIL istiod istiod-canary: its mesh configuration, ConfigMap istio-canary, isn't there")
+        .says("FAIL istiod istiod-canary: there is no Service istiod-canary beside it");
+    let available = json!({"status": {"replicas": 1, "readyReplicas": 1, "availableReplicas": 1, "conditions": [
+        {"type": "Available", "status": "True", "reason": "MinimumReplicasAvailable"}]}});
+    world.patch_status("deployment", "istiod-canary", "istio-system", &available);
+    world
+        .cluster
+        .kubectl(["create", "configmap", "istio-canary", "-n", "istio-system", "--from-literal=mesh="])
+        .unwrap();
+    world
+        .cluster
+        .kubectl(["create", "service", "clusterip", "istiod-canary", "-n", "istio-system", "--tcp=15012"])
+        .unwrap();
+    for name in ["onboardingpolicy/nobody-subset-of-aws-ec2-instances", "workloadgroup/lonely"] {
+        world.cluster.kubectl(["delete", name, "-n", "bookinfo"]).unwrap();
+    }
+    doctor()
+        .is(0)
+        .says("ok   Istio: has a mesh configuration for the revisions: canary, default")
+        .says("ok   istiod istiod-canary: is available, revision canary")
+        .says("0 failed, 0 warnings, ");
+}
+
+/// `customGateway` is asked for istiod, as sidecars do.
+fn another_gateway(world: &World, host: &str) {
+    let set = |host: &str, port: u16| {
+        let patch = json!({"spec": {"meshExpansion": {"customGateway": {"host": host, "port": port}}}}).to_string();
+        let patch = ["patch", "controlplane", "controlplane", "-n", "istio-system", "--type=merge", "-p", &patch];
+        world.cluster.kubectl(patch).unwrap();
+    };
+    set(host, 15443);
+    let leads = format!("ok   customGateway {host}:15443: leads to istiod.istio-system.svc, by {host}:15443");
+    world.run(&["doctor"]).is(0).says(&leads);
+    set(host, 1);
+    world
+        .run(&["doctor"])
+        .is(1)
+        .says(&format!("FAIL customGateway {host}:1: doesn't answer at {host}:1: Connection refused"));
+    let none = r#"[{"op": "remove", "path": "/spec/meshExpansion/customGateway"}]"#;
+    world
+        .cluster
+        .kubectl(["patch", "controlplane", "controlplane", "-n", "istio-system", "--type=json", "-p", none])
+        .unwrap();
 }
 
 /// The role that the document gives is enough for whoever only looks, and not for more.

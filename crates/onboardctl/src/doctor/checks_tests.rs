@@ -1,7 +1,7 @@
 //! Facts in, findings out: a cluster in which all is well, and one mutation for each finding.
 
 use super::*;
-use crate::doctor::facts::{Answer, Endpoint, Facts, Finding, Host, Level, Objects, Served};
+use crate::doctor::facts::{Answer, Endpoint, Facts, Finding, Host, Level, Objects, OtherGateway, Served};
 use crate::doctor::material;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -130,6 +130,7 @@ fn well() -> Facts {
             secret: Ok(Some(secret)),
             hosts: vec![host],
             gateway: vec![gateway],
+            other_gateway: None,
         }),
     }
 }
@@ -252,6 +253,26 @@ fn the_deployments_and_the_gateway() {
         endpoint.gateway.clear();
     });
     only(findings, Level::Warn, SERVICE, "is of type NodePort");
+}
+
+#[test]
+fn another_gateway_leads_to_istiod() {
+    let at = "192.0.2.8:15443".parse().unwrap();
+    let with = |outcome| {
+        after(|_, _, endpoint| {
+            let (host, istiod) = ("gateway.corp".to_owned(), "istiod.istio-system.svc".to_owned());
+            endpoint.other_gateway = Some(OtherGateway { host, port: 15443, istiod, outcome });
+        })
+    };
+    const WHAT: &str = "customGateway gateway.corp:15443";
+    let good = with(Ok((at, certificate(&secret(&["istiod.istio-system.svc"])))));
+    assert!(good.iter().all(|finding| finding.level == Level::Ok), "{good:#?}");
+    assert!(
+        good.iter().any(|it| it.what == WHAT && it.words == "leads to istiod.istio-system.svc, by 192.0.2.8:15443")
+    );
+    let other = certificate(&secret(&[HOST]));
+    only(with(Ok((at, other))), Level::Fail, WHAT, "not with the certificate of istiod.istio-system.svc");
+    only(with(Err("doesn't answer at 192.0.2.8:15443: no".to_owned())), Level::Fail, WHAT, "doesn't answer");
 }
 
 #[test]

@@ -56,6 +56,23 @@ pub async fn ask(host: &str, addresses: &[IpAddr]) -> Option<Answer> {
     first
 }
 
+/// The first address of a gateway that answers to the name of an istiod, and the certificate that comes.
+pub async fn ask_gateway(host: &str, port: u16, istiod: &str) -> Result<(SocketAddr, Certificate), String> {
+    let addresses = resolve(host).await.map_err(|why| format!("doesn't resolve on this machine: {why}"))?;
+    let mut first = None;
+    for address in addresses.into_iter().take(MOST_ADDRESSES) {
+        let address = SocketAddr::new(address, port);
+        match connect(istiod, address).await {
+            Ok((_, certificate)) => {
+                let certificate = Certificate::read(&certificate);
+                return certificate.map(|it| (address, it)).map_err(|why| format!("answers at {address}, but {why}"));
+            }
+            Err(why) => first = first.or(Some(format!("doesn't answer at {address}: {why}"))),
+        }
+    }
+    Err(first.unwrap_or_else(|| "has no address".to_owned()))
+}
+
 async fn connect(host: &str, address: SocketAddr) -> Result<(TlsStream<TcpStream>, CertificateDer<'static>), String> {
     let name = ServerName::try_from(host.to_owned()).map_err(|_| "the host is no name that TLS knows".to_owned())?;
     let config = client_config().map_err(|error| error.to_string())?;

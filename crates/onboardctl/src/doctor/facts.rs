@@ -50,6 +50,18 @@ pub struct Endpoint {
     pub hosts: Vec<Host>,
     /// Addresses of svc/vmgateway, those of its host names included.
     pub gateway: Vec<IpAddr>,
+    pub other_gateway: Option<OtherGateway>,
+}
+
+/// `spec.meshExpansion.customGateway`: where sidecars come to istiod.
+#[derive(Debug)]
+pub struct OtherGateway {
+    pub host: String,
+    pub port: u16,
+    /// The istiod that was asked for there (its name in its certificate).
+    pub istiod: String,
+    /// The first address that answered, and with what certificate.
+    pub outcome: Result<(SocketAddr, Certificate), String>,
 }
 
 #[derive(Debug)]

@@ -1,7 +1,7 @@
 //! Asks the cluster and the endpoint for the facts.
 
-use super::endpoint::{ask, resolve};
-use super::facts::{Asked, Endpoint, Facts, Host, Objects};
+use super::endpoint::{ask, ask_gateway, resolve};
+use super::facts::{Asked, Endpoint, Facts, Host, Objects, OtherGateway};
 use crate::manifests;
 use crate::plane::cluster::Cluster;
 use crate::plane::objects::{
@@ -9,7 +9,8 @@ use crate::plane::objects::{
     WARS, items, name, text,
 };
 use jiff::Timestamp;
-use onboarding_kinds::control_plane::Onboarding;
+use onboarding_kinds::control_plane::{CustomGateway, Onboarding};
+use onboarding_kinds::manifest::Object;
 use serde_json::Value;
 use std::net::IpAddr;
 
@@ -27,7 +28,7 @@ pub fn facts(cluster: &Cluster) -> Facts {
     let objects = version.is_ok().then(|| objects(cluster));
     let endpoint = objects.as_ref().and_then(|objects| {
         let enabled = enabled(objects.planes.as_deref().unwrap_or_default())?;
-        Some(endpoint(cluster, &enabled, objects.services.as_deref().unwrap_or_default()))
+        Some(endpoint(cluster, &enabled, objects))
     });
     Facts { now: Timestamp::now(), server: cluster.server().to_owned(), version, objects, endpoint }
 }
@@ -63,9 +64,26 @@ fn config_maps(cluster: &Cluster) -> Asked<Vec<Value>> {
     of_istio.filter_map(|name| cluster.get(&CONFIG_MAPS, ISTIO_SYSTEM, name).transpose()).collect()
 }
 
-fn endpoint(cluster: &Cluster, enabled: &Onboarding, services: &[Value]) -> Endpoint {
+/// The one that the plane gives to sidecars.
+fn custom_gateway(planes: &[Value]) -> Option<CustomGateway> {
+    manifests::of_objects(planes).items.into_iter().find_map(|item| match item.object {
+        Object::ControlPlane(plane) => plane.custom_gateway,
+        _ => None,
+    })
+}
+
+/// The name of an istiod that there is, as its certificate has it.
+fn istiod_name(services: &[Value]) -> String {
+    let named = |wanted: fn(&str) -> bool| services.iter().map(name).find(|name| wanted(name));
+    let found = named(|name| name == "istiod").or_else(|| named(|name| name.starts_with("istiod-")));
+    format!("{}.{ISTIO_SYSTEM}.svc", found.unwrap_or("istiod"))
+}
+
+fn endpoint(cluster: &Cluster, enabled: &Onboarding, objects: &Objects) -> Endpoint {
+    let services = objects.services.as_deref().unwrap_or_default();
     let secret = cluster.get(&SECRETS, ISTIO_SYSTEM, &enabled.secret_name);
-    let (hosts, gateway) = cluster.runtime().block_on(async {
+    let custom = custom_gateway(objects.planes.as_deref().unwrap_or_default());
+    let (hosts, gateway, other_gateway) = cluster.runtime().block_on(async {
         let mut gateway: Vec<IpAddr> = Vec::new();
         for service in services.iter().filter(|service| name(service) == GATEWAY) {
             let external = items(service, "/spec/externalIPs").filter_map(Value::as_str);
@@ -86,7 +104,15 @@ fn endpoint(cluster: &Cluster, enabled: &Onboarding, services: &[Value]) -> Endp
             let answer = ask(host, to_ask).await;
             hosts.push(Host { name: host.clone(), addresses, answer });
         }
-        (hosts, gateway)
+        let other = match custom {
+            Some(CustomGateway { host, port }) => {
+                let istiod = istiod_name(services);
+                let outcome = ask_gateway(&host, port, &istiod).await;
+                Some(OtherGateway { host, port, istiod, outcome })
+            }
+            None => None,
+        };
+        (hosts, gateway, other)
     });
-    Endpoint { secret_name: enabled.secret_name.clone(), secret, hosts, gateway }
+    Endpoint { secret_name: enabled.secret_name.clone(), secret, hosts, gateway, other_gateway }
 }

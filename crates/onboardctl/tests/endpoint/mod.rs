@@ -16,6 +16,8 @@ use tokio::runtime::Runtime;
 use tokio_rustls::TlsAcceptor;
 
 const PORT: u16 = 15443;
+/// So that it can be a gateway that leads there, too.
+const ISTIOD: &str = "istiod.istio-system.svc";
 
 /// It ends with this value.
 pub struct Endpoint {
@@ -41,7 +43,7 @@ impl Endpoint {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let listener = runtime.block_on(listen());
         let address = listener.local_addr().unwrap();
-        let tls = Arc::new(make_tls(&[&address.ip().to_string()]).unwrap());
+        let tls = Arc::new(make_tls(&[&address.ip().to_string(), ISTIOD]).unwrap());
         let acceptor = acceptor(&tls);
         let service = DiscoveryServiceServer::new(Fixed(uid.to_owned()));
         runtime.spawn(async move {

@@ -2,7 +2,7 @@
 
 use super::{known, named};
 use crate::doctor::endpoint::PORT;
-use crate::doctor::facts::{Endpoint, Finding, Host, Objects, Served};
+use crate::doctor::facts::{Endpoint, Finding, Host, Objects, OtherGateway, Served};
 use crate::doctor::gather::{GATEWAY, enabled};
 use crate::doctor::material::{self, Certificate};
 use crate::plane::objects::{condition, is_true, items, keyed, text};
@@ -24,6 +24,9 @@ pub fn check(now: Timestamp, objects: &Objects, endpoint: &Endpoint, findings: &
     let service = gateway(objects, endpoint, findings);
     if let Some(service) = service {
         external_dns(service, endpoint, findings);
+    }
+    if let Some(other) = &endpoint.other_gateway {
+        findings.push(other_gateway(other));
     }
     for host in &endpoint.hosts {
         dns(host, &endpoint.gateway, findings);
@@ -147,6 +150,22 @@ fn gateway<'a>(objects: &'a Objects, endpoint: &Endpoint, findings: &mut Vec<Fin
         ),
     });
     Some(service)
+}
+
+/// Sidecars come to istiod by it, as long as their groups name nothing else.
+fn other_gateway(other: &OtherGateway) -> Finding {
+    let OtherGateway { host, port, istiod, outcome } = other;
+    let what = format!("customGateway {host}:{port}");
+    let way_out = format!(
+        "see that it passes TLS for {istiod} through to that istiod's port 15012; sidecars of VMs come to istiod by it"
+    );
+    match outcome {
+        Err(why) => Finding::fail(what, why, way_out),
+        Ok((at, certificate)) if !certificate.lacks([istiod.as_str()].into_iter()).is_empty() => {
+            Finding::fail(what, format!("answers at {at}, and not with the certificate of {istiod}"), way_out)
+        }
+        Ok((at, _)) => Finding::ok(what, format!("leads to {istiod}, by {at}")),
+    }
 }
 
 fn external_dns(service: &Value, endpoint: &Endpoint, findings: &mut Vec<Finding>) {
