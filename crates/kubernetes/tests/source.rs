@@ -10,9 +10,12 @@ use onboarding_kubernetes::istio::{DEFAULT_REVISION, Named, Names};
 use onboarding_kubernetes::source::{self, ClusterSource, Options, PLANE_CONFIG, PLANE_CONFIG_KEY};
 use onboarding_testkit::cluster::{Cluster, Options as ClusterOptions};
 use prometheus_client::registry::Registry as Metrics;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::io::copy_bidirectional;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -37,9 +40,13 @@ struct Reading {
 
 impl Reading {
     async fn of(cluster: &Cluster, longest_stale: Duration) -> Self {
+        Self::with(admin(cluster).await, longest_stale)
+    }
+
+    fn with(client: kube::Client, longest_stale: Duration) -> Self {
         let (mut metrics, stop) = (Metrics::default(), CancellationToken::new());
         let options = Options { longest_stale, ..Options::new("istio-system") };
-        let (source, task) = source::start(admin(cluster).await, options, &mut metrics, stop.clone());
+        let (source, task) = source::start(client, options, &mut metrics, stop.clone());
         Self { snapshots: source.watch(), source, metrics, task, stop }
     }
 
@@ -123,6 +130,8 @@ async fn the_snapshot_follows_the_cluster() {
     changes_come_within_a_second(&cluster, &mut reading).await;
     a_group_that_waits_for_its_dependents(&cluster, &mut reading).await;
     what_the_provisioner_needs(&cluster, &reading).await;
+    the_api_server_stands_still(&cluster, &mut reading).await;
+    what_went_while_nobody_listened(&cluster).await;
     the_api_server_goes_and_comes(&cluster, &mut reading).await;
     reading.end().await;
 }
@@ -283,6 +292,76 @@ async fn what_the_provisioner_needs(cluster: &Cluster, reading: &Reading) {
     let inputs = tokio::time::timeout(WITHIN, fewer).await.unwrap().unwrap().clone();
     let named = [service("bookinfo", "details", Some("."), 8080), service("default", "kubernetes", None, 443)];
     assert_eq!(*inputs.names, Names::new(named.into_iter().flatten().collect(), &Names::default()));
+}
+
+/// Its connections stay open, and nothing comes by them; what changes afterwards does.
+async fn the_api_server_stands_still(cluster: &Cluster, reading: &mut Reading) {
+    cluster.freeze_api(true).unwrap();
+    let asked = Instant::now();
+    cluster.kubectl(["get", "--raw", "/readyz", "--request-timeout=10s"]).unwrap_err();
+    assert!(asked.elapsed() >= Duration::from_secs(10), "it answered after {:?}", asked.elapsed());
+    let snapshot = reading.snapshots.borrow().clone();
+    assert_eq!((policies(&snapshot), snapshot.policy_unreadable), (vec!["narrow"], false), "who is known may come");
+    cluster.freeze_api(false).unwrap();
+    cluster.apply(&policy("thawed", "'210987654321'")).unwrap();
+    let done = Instant::now();
+    reading.until("the new policy", |it| policies(it) == ["narrow", "thawed"]).await;
+    assert!(done.elapsed() < Duration::from_secs(5), "{:?}", done.elapsed());
+    cluster.kubectl(["delete", "onboardingpolicy", "thawed", "-n", "bookinfo"]).unwrap();
+    reading.until("no policy", |it| policies(it) == ["narrow"]).await;
+}
+
+/// A line to the API server that can be cut.
+struct Line {
+    address: SocketAddr,
+    whole: watch::Sender<bool>,
+}
+
+impl Line {
+    async fn to(server: SocketAddr) -> Self {
+        let listener = TcpListener::bind((server.ip(), 0)).await.unwrap();
+        let (address, whole) = (listener.local_addr().unwrap(), watch::Sender::new(true));
+        let state = whole.subscribe();
+        tokio::spawn(async move {
+            while let Ok((mut here, _)) = listener.accept().await {
+                let mut state = state.clone();
+                tokio::spawn(async move {
+                    let carry = async {
+                        let mut there = TcpStream::connect(server).await?;
+                        copy_bidirectional(&mut here, &mut there).await
+                    };
+                    tokio::select! {
+                        _ = carry => {}
+                        _ = state.wait_for(|whole| !whole) => {}
+                    }
+                });
+            }
+        });
+        Self { address, whole }
+    }
+}
+
+/// While its line was cut a policy was deleted, and then everything forgotten by which that could be told: it is listed anew.
+async fn what_went_while_nobody_listened(cluster: &Cluster) {
+    cluster.apply(&policy("doomed", "'210987654321'")).unwrap();
+    let line = Line::to(cluster.api_address()).await;
+    let kubeconfig = std::fs::read_to_string(cluster.kubeconfig()).unwrap();
+    let kubeconfig = kubeconfig.replace(&cluster.api_address().to_string(), &line.address.to_string());
+    let kubeconfig = Kubeconfig::from_yaml(&kubeconfig).unwrap();
+    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.unwrap();
+    let mut reading = Reading::with(kube::Client::try_from(config).unwrap(), Duration::from_secs(300));
+    reading.until("both", |it| policies(it) == ["doomed", "narrow"]).await;
+    line.whole.send_replace(false);
+    reading.until("a word about age", |it| says(it, "what is known of OnboardingPolicies is as of")).await;
+    cluster.kubectl(["delete", "onboardingpolicy", "doomed", "-n", "bookinfo"]).unwrap();
+    cluster.apply(&group("ratings", 9)).unwrap();
+    cluster.kill_api().unwrap();
+    cluster.compact().unwrap();
+    cluster.start_api().unwrap();
+    assert_eq!(policies(&reading.snapshots.borrow()), ["doomed", "narrow"]);
+    line.whole.send_replace(true);
+    reading.until("what is left", |it| policies(it) == ["narrow"] && it.faults.is_empty()).await;
+    reading.end().await;
 }
 
 async fn the_api_server_goes_and_comes(cluster: &Cluster, reading: &mut Reading) {

@@ -4,10 +4,14 @@
 
 use crate::process::{self, Process};
 use anyhow::{Context, ensure};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use nix::sys::signal::Signal;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType};
+use serde_json::{Value, json};
 use std::ffi::OsStr;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
@@ -230,6 +234,31 @@ impl Cluster {
         let processes = self.lock();
         let process = processes.api.as_ref().context("the API server isn't running")?;
         process.signal(if frozen { Signal::SIGSTOP } else { Signal::SIGCONT })
+    }
+
+    /// etcd forgets what was before now: who asks what changed since then is told that nobody knows any more. An API server that runs may
+    /// still know it.
+    pub fn compact(&self) -> anyhow::Result<()> {
+        let any = STANDARD.encode([0]);
+        let answer = self.ask_etcd("/v3/kv/range", &json!({"key": any, "range_end": any, "count_only": true}))?;
+        let revision = answer["header"]["revision"].as_str().context("etcd's answer has no revision")?;
+        self.ask_etcd("/v3/kv/compaction", &json!({"revision": revision, "physical": true})).map(|_| ())
+    }
+
+    fn ask_etcd(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
+        let etcd = std::fs::read_to_string(self.path("etcd.address"))?;
+        let body = body.to_string();
+        let mut stream = TcpStream::connect(&etcd)?;
+        write!(
+            stream,
+            "POST {path} HTTP/1.0\r\nHost: {etcd}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        )?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").with_context(|| format!("etcd: {answer:?}"))?;
+        ensure!(head.lines().next().is_some_and(|line| line.contains(" 200 ")), "etcd, {path}: {answer}");
+        Ok(serde_json::from_str(body)?)
     }
 
     fn start_controllers(&self) -> anyhow::Result<()> {
