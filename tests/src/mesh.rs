@@ -1,12 +1,14 @@
 //! A mesh of Istio around a plane: API server and istiod on one machine, an Istio gateway on another, nothing of it pretended.
 
 use crate::world::{ENDPOINT, envoy};
+use anyhow::Context;
 use onboarding_testkit::cluster::{Cluster, Istiod, Options};
 use onboarding_testkit::gateway;
 use onboarding_testkit::netns::{Lab, Machine};
 use onboarding_testkit::process::Process;
+use serde_json::Value;
 use std::net::Ipv4Addr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,7 +22,14 @@ pub struct Mesh {
     pub control: Arc<Machine>,
     pub gateway: Arc<Machine>,
     gateway_process: Process,
+    plane_kubeconfig: PathBuf,
 }
+
+/// What the operator renders; its own tests see to it that this is so.
+const RENDERED: &str =
+    include_str!("../../crates/operator/src/render/snapshots/onboarding_operator__render__tests__everything.snap");
+/// Of that, what the plane's account is and may.
+const ACCESS: [&str; 6] = ["ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding", "Secret"];
 
 impl Mesh {
     /// Everything up, with the CRDs of Istio and ours, and the way in to a plane at `plane`.
@@ -45,7 +54,13 @@ impl Mesh {
         let wait = ["wait", "--for=create", "--timeout=60s", "configmap/istio-ca-root-cert", "-n", "istio-system"];
         cluster.kubectl(wait)?;
         let gateway_process = start_gateway(&cluster, istiod, &gateway)?;
-        Ok(Self { cluster, istiod, control, gateway, gateway_process })
+        let plane_kubeconfig = plane_account(&cluster)?;
+        Ok(Self { cluster, istiod, control, gateway, gateway_process, plane_kubeconfig })
+    }
+
+    /// Of the account that the plane has in a cluster: it may no more than there.
+    pub fn plane_kubeconfig(&self) -> &Path {
+        &self.plane_kubeconfig
     }
 
     /// What istiod says of each proxy, as `istioctl proxy-status` shows it.
@@ -70,6 +85,30 @@ impl Mesh {
     pub fn gateway_log(&self) -> String {
         self.gateway_process.tail()
     }
+}
+
+/// Makes the plane's account as the operator does, with its rights; gives a kubeconfig for it.
+fn plane_account(cluster: &Cluster) -> anyhow::Result<PathBuf> {
+    let (_, rendered) =
+        RENDERED.split_once("---\n").and_then(|(_, rest)| rest.split_once("---\n")).context("no snapshot")?;
+    let file = cluster.directory().join("rendered.yaml");
+    std::fs::write(&file, format!("apiVersion: v1\nkind: List\nitems:\n{rendered}"))?;
+    let file = file.display().to_string();
+    let listed = cluster.kubectl(["create", "--dry-run=client", "--validate=false", "-o", "json", "-f", &file])?;
+    let listed: Value = serde_json::from_str(&listed)?;
+    for object in listed["items"].as_array().into_iter().flatten() {
+        let mut object = object.clone();
+        let name = object["metadata"]["name"].as_str().unwrap_or_default();
+        if name.starts_with("onboarding-plane") && ACCESS.iter().any(|kind| object["kind"] == *kind) {
+            // Its owner isn't there, so it would be collected.
+            object["metadata"].as_object_mut().context("an object without metadata")?.remove("ownerReferences");
+            cluster.apply(&object.to_string())?;
+        }
+    }
+    let token = cluster.kubectl(["create", "token", "onboarding-plane", "-n", "istio-system", "--duration=4h"])?;
+    let kubeconfig = cluster.directory().join("plane.kubeconfig");
+    std::fs::write(&kubeconfig, cluster.kubeconfig_with_token(token.trim()))?;
+    Ok(kubeconfig)
 }
 
 /// Starts it, and waits until istiod has told it of the way in.

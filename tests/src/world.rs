@@ -265,7 +265,7 @@ impl World {
             }
             Some(mesh) => {
                 command.args(["kubernetes", "--replica", replica, "--kubeconfig"]);
-                command.arg(mesh.cluster.kubeconfig());
+                command.arg(mesh.plane_kubeconfig());
             }
         }
         command.args(["--listen", "0.0.0.0:15443", "--admin-listen", ADMIN]);
