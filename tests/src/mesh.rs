@@ -91,20 +91,25 @@ impl Mesh {
 fn plane_account(cluster: &Cluster) -> anyhow::Result<PathBuf> {
     let (_, rendered) =
         RENDERED.split_once("---\n").and_then(|(_, rest)| rest.split_once("---\n")).context("no snapshot")?;
+    // It may read one Secret, which in our ControlPlane has another name.
+    let rendered = rendered.replace("endpoint-tls", "onboarding-endpoint-tls");
     let file = cluster.directory().join("rendered.yaml");
     std::fs::write(&file, format!("apiVersion: v1\nkind: List\nitems:\n{rendered}"))?;
     let file = file.display().to_string();
     let listed = cluster.kubectl(["create", "--dry-run=client", "--validate=false", "-o", "json", "-f", &file])?;
-    let listed: Value = serde_json::from_str(&listed)?;
-    for object in listed["items"].as_array().into_iter().flatten() {
-        let mut object = object.clone();
+    let mut made = Vec::new();
+    // One after the other.
+    for object in serde_json::Deserializer::from_str(&listed).into_iter::<Value>() {
+        let mut object = object?;
         let name = object["metadata"]["name"].as_str().unwrap_or_default();
         if name.starts_with("onboarding-plane") && ACCESS.iter().any(|kind| object["kind"] == *kind) {
             // Its owner isn't there, so it would be collected.
             object["metadata"].as_object_mut().context("an object without metadata")?.remove("ownerReferences");
+            made.push(object["kind"].clone());
             cluster.apply(&object.to_string())?;
         }
     }
+    anyhow::ensure!(made.len() == ACCESS.len(), "of the plane's account there is only {made:?}");
     let token = cluster.kubectl(["create", "token", "onboarding-plane", "-n", "istio-system", "--duration=4h"])?;
     let kubeconfig = cluster.directory().join("plane.kubeconfig");
     std::fs::write(&kubeconfig, cluster.kubeconfig_with_token(token.trim()))?;

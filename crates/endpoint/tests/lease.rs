@@ -87,6 +87,32 @@ async fn whoever_is_suspended_too_long_is_removed() {
 }
 
 #[tokio::test]
+async fn who_admits_a_workload_is_shown_as_it_is_now() {
+    let plane = Plane::start().await;
+    let mut agent = plane.agent().await;
+    let mut session = agent.join(&plane.jwt("vm7", "ratings")).await.unwrap();
+    let admitted = async || {
+        let (_, listed) = ask(&plane, "GET /v1/workloads").await;
+        let conditions = listed["items"][0]["status"]["conditions"].as_array().unwrap().clone();
+        let of_kind = conditions.iter().find(|it| it["type"] == "Admitted").unwrap();
+        assert_eq!(of_kind["lastTransitionTime"], listed["items"][0]["metadata"]["creationTimestamp"]);
+        ["status", "reason", "message"].map(|field| of_kind[field].as_str().unwrap().to_owned())
+    };
+    assert_eq!(admitted().await, ["True", "AllowedByPolicy", "OnboardingPolicy allow-our-vms, rule spec.allow[0]"]);
+    let (ours, mut first) = (policy(&plane.oidc.issuer), policy("https://another.example"));
+    first.name = "a-first".to_owned();
+    first.rules.extend(ours.rules.clone());
+    plane.change(|snapshot| snapshot.policies = std::sync::Arc::new(PolicySet::compile(vec![first, ours])));
+    assert_eq!(admitted().await[2], "OnboardingPolicy a-first, rule spec.allow[1]");
+    plane.change(|snapshot| {
+        snapshot.policies = Default::default();
+        snapshot.policy_unreadable = true;
+    });
+    assert_eq!(admitted().await[..2], ["Unknown", "PolicyUnreadable"]);
+    assert_eq!(session.end().await.reason(), Reason::PolicyUnreadable);
+}
+
+#[tokio::test]
 async fn a_plane_that_was_killed_knows_at_its_next_start_that_nobody_is_connected() {
     let plane = Plane::start().await;
     let mut agent = plane.agent().await;
