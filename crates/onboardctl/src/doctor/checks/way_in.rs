@@ -161,7 +161,7 @@ fn other_gateway(other: &OtherGateway) -> Finding {
     );
     match outcome {
         Err(why) => Finding::fail(what, why, way_out),
-        Ok((at, certificate)) if !certificate.lacks([istiod.as_str()].into_iter()).is_empty() => {
+        Ok((at, certificate)) if !certificate.lacks([istiod.as_str()]).is_empty() => {
             Finding::fail(what, format!("answers at {at}, and not with the certificate of {istiod}"), way_out)
         }
         Ok((at, _)) => Finding::ok(what, format!("leads to {istiod}, by {at}")),
