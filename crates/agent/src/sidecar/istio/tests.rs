@@ -30,6 +30,24 @@ fn options(directory: &Path, way: IstioWay) -> Options {
 }
 
 #[test]
+fn a_certificate_lives_as_long_as_the_mesh_says() {
+    let day = Duration::from_secs(24 * 3600);
+    for (said, asked) in [
+        (None, day),
+        (Some("90s"), Duration::from_secs(90)),
+        (Some("1h30m"), Duration::from_secs(5400)),
+        (Some("soon"), day),
+        (Some("20ms"), day),
+    ] {
+        let istio = istio(|message| {
+            message.environment.extend(said.map(|said| ("SECRET_TTL".to_owned(), said.to_owned())));
+        });
+        let credentials = Credentials::of(&istio, "spiffe://cluster.local/ns/a/sa/b").unwrap();
+        assert_eq!(credentials.validity, asked, "{said:?}");
+    }
+}
+
+#[test]
 fn envoy_takes_the_bootstrap() {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../dev/envoy");
     let envoy = std::process::Command::new(script).output().unwrap();

@@ -37,6 +37,8 @@ pub(super) struct Credentials {
     pub spiffe_id: String,
     /// The cluster that made the token, for an istiod that serves several.
     pub cluster: String,
+    /// The life that is asked for.
+    pub validity: Duration,
 }
 
 /// Why there is no certificate. What istiod says of a token is no more than that it isn't good.
@@ -76,8 +78,9 @@ pub(super) enum IstiodError {
 }
 
 const WITHIN: Duration = Duration::from_secs(15);
-/// What Istio's own agents ask for.
+/// What Istio's own agents ask for, where this variable of theirs says nothing else: an istiod that allows less refuses what is longer.
 const VALIDITY: Duration = Duration::from_secs(24 * 3600);
+const VALIDITY_VARIABLE: &str = "SECRET_TTL";
 const LARGEST_ANSWER: usize = 1 << 20;
 
 impl Credentials {
@@ -95,6 +98,7 @@ impl Credentials {
         }
         let address = istio.discovery_address.clone();
         let node: Node = serde_json::from_slice(&istio.node)?;
+        let validity = istio.environment.get(VALIDITY_VARIABLE).and_then(|text| onboarding_kinds::duration(text).ok());
         Ok(Self {
             address: address.ok_or_else(|| anyhow::anyhow!("the address of istiod isn't known"))?,
             name: istio.istiod_san.clone(),
@@ -103,6 +107,8 @@ impl Credentials {
             token_expires_at: istio.token_expires_at,
             spiffe_id: spiffe_id.to_owned(),
             cluster: node.metadata.cluster.unwrap_or_default(),
+            // Less than a second would be none to istiod, and so the longest.
+            validity: validity.filter(|validity| validity.as_secs() > 0).unwrap_or(VALIDITY),
         })
     }
 }
@@ -123,7 +129,7 @@ pub(super) async fn certificate(
     let pending = Pending::for_identity(&credentials.spiffe_id)?;
     let mut request = tonic::Request::new(IstioCertificateRequest {
         csr: pem::encode(&pem::Pem::new("CERTIFICATE REQUEST", pending.csr.as_slice())),
-        validity_duration: i64::try_from(VALIDITY.as_secs()).unwrap_or(i64::MAX),
+        validity_duration: i64::try_from(credentials.validity.as_secs()).unwrap_or(i64::MAX),
         metadata: None,
     });
     if bearer {

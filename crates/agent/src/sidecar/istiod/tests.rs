@@ -35,6 +35,7 @@ struct Script {
     /// `Bearer ...` of each call; empty: none, so the client's certificate has to do.
     asked: Vec<(String, String)>,
     requested_id: String,
+    requested_life: i64,
     refuse: Option<Status>,
     signs_for: Option<String>,
     life: Duration,
@@ -60,6 +61,7 @@ impl IstioCertificateService for Authority {
         if let Some(status) = &script.refuse {
             return Err(status.clone());
         }
+        script.requested_life = request.get_ref().validity_duration;
         let mut csr = CertificateSigningRequestParams::from_pem(&request.get_ref().csr).unwrap();
         if let Some(SanType::URI(uri)) = csr.params.subject_alt_names.first() {
             script.requested_id = uri.to_string();
@@ -138,6 +140,7 @@ impl Server {
             token_expires_at: Timestamp::from_second(4_000_000_000).unwrap(),
             spiffe_id: ID.to_owned(),
             cluster: "Kubernetes".to_owned(),
+            validity: Duration::from_secs(600),
         }
     }
 }
@@ -151,7 +154,7 @@ async fn a_certificate_is_signed_by_the_token() {
     assert!(identity.certificate_chain.contains("BEGIN CERTIFICATE") && !identity.certificate_chain.contains("\n\n"));
     let script = server.script.lock().unwrap();
     assert_eq!(script.asked, [("Bearer aaa.bbb.ccc".to_owned(), "Kubernetes".to_owned())]);
-    assert_eq!(script.requested_id, ID);
+    assert_eq!((script.requested_id.as_str(), script.requested_life), (ID, 600));
 }
 
 #[tokio::test]
