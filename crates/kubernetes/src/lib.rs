@@ -31,6 +31,8 @@ pub struct Options {
     pub namespace: String,
     /// This replica's name.
     pub replica: String,
+    /// How sidecars' istio-tokens are asked for.
+    pub istio_tokens: istio::TokenOptions,
 }
 
 /// What the endpoint needs.
@@ -52,7 +54,7 @@ pub async fn open(
     metrics: &mut prometheus_client::registry::Registry,
     stop: CancellationToken,
 ) -> anyhow::Result<Backend> {
-    let Options { kubeconfig, namespace, replica } = options;
+    let Options { kubeconfig, namespace, replica, istio_tokens } = options;
     let client = connect(kubeconfig).await?;
     let (source, reading) = source::start(client.clone(), source::Options::new(&namespace), metrics, stop.clone());
     let (registry, storing) = registry::start(
@@ -68,7 +70,7 @@ pub async fn open(
     let (notices, telling) = notices::start(client.clone(), source.cluster(), replica, metrics, stop.clone());
     let judging =
         policies::start(client.clone(), &source, registry.clone(), backend::Fleet::leads(fleet.as_ref()), stop.clone());
-    let tokens = istio::Tokens::new(client.clone(), istio::TokenOptions::default(), metrics, stop);
+    let tokens = istio::Tokens::new(client.clone(), istio_tokens, metrics, stop);
     let known: Arc<dyn Registry> = registry.clone();
     let provisioner = istio::IstioProvisioner::new(source.inputs(), known, registry.clone(), tokens, metrics);
     registry.listed(LISTED_WITHIN).await.context("reading the registrations of the cluster")?;

@@ -71,6 +71,10 @@ pub struct Kubernetes {
     /// This replica's name, as `kubectl describe war` shows it; no two replicas may have the same.
     #[arg(long, value_name = "NAME", env = "POD_NAME")]
     pub replica: String,
+    /// How old an istio-token, which sidecars show to istiod's CA, is when it is replaced: what is left of its hour is what a host has while no
+    /// plane is there. Absent, or where it is longer: half of its life.
+    #[arg(long, value_name = "DURATION", value_parser = renewal)]
+    pub istio_token_renewal: Option<Duration>,
     #[command(flatten)]
     pub serving: Serving,
 }
@@ -121,6 +125,12 @@ pub enum LogFormat {
 /// Go's grammar of durations, as in the manifests.
 fn duration(text: &str) -> Result<Duration, String> {
     onboarding_kinds::duration(text)
+}
+
+/// Each renewal is a request to the API server, and a message to every agent.
+fn renewal(text: &str) -> Result<Duration, String> {
+    const LEAST: Duration = Duration::from_secs(5);
+    duration(text).and_then(|after| if after < LEAST { Err(format!("must be {LEAST:?} or more")) } else { Ok(after) })
 }
 
 pub fn completions(shell: clap_complete::Shell) {
