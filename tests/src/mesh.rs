@@ -1,7 +1,8 @@
 //! A mesh of Istio around a plane: API server and istiod on one machine, an Istio gateway on another, nothing of it pretended.
 
+use crate::until::until;
 use crate::world::{ENDPOINT, envoy};
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use onboarding_testkit::cluster::{Cluster, Istiod, Options};
 use onboarding_testkit::gateway;
 use onboarding_testkit::netns::{Lab, Machine};
@@ -10,11 +11,15 @@ use serde_json::Value;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const CONTROL: u8 = 5;
 const GATEWAY: u8 = 6;
 const MESH: &str = "trustDomain: cluster.local\ndefaultConfig:\n  discoveryAddress: istiod.istio-system.svc:15012\n";
+/// Within which a change decides.
+const EFFECTIVE: Duration = Duration::from_secs(1);
+/// A machine that has other things to do gets so many times what kubectl needs for next to nothing.
+const ALLOWANCE: u32 = 15;
 
 pub struct Mesh {
     pub cluster: Cluster,
@@ -65,9 +70,47 @@ impl Mesh {
 
     /// What istiod says of each proxy, as `istioctl proxy-status` shows it.
     pub fn sync_status(&self) -> anyhow::Result<serde_json::Value> {
-        let text =
-            self.control.check("curl", ["-fsS", "-m", "5", &format!("http://{}/debug/syncz", self.istiod.http)])?;
+        self.sync_status_of(self.istiod)
+    }
+
+    /// The same of another istiod of this cluster.
+    pub fn sync_status_of(&self, istiod: Istiod) -> anyhow::Result<serde_json::Value> {
+        let text = self.control.check("curl", ["-fsS", "-m", "5", &format!("http://{}/debug/syncz", istiod.http)])?;
         Ok(serde_json::from_str(&text)?)
+    }
+
+    /// What proxies are started with gets these lines (`proxyMetadata: ...`), or none.
+    pub fn set_proxy_config(&self, added: &str) -> anyhow::Result<()> {
+        let added: String = added.lines().map(|line| format!("  {line}\n")).collect();
+        let patch = serde_json::json!({"data": {"mesh": format!("{MESH}{added}")}}).to_string();
+        self.cluster.kubectl(["patch", "configmap", "istio", "-n", "istio-system", "--type=merge", "-p", &patch])?;
+        Ok(())
+    }
+
+    /// An istiod of this revision, and the way to it through the gateway.
+    pub fn start_revision(&self, revision: &str) -> anyhow::Result<(Process, Istiod)> {
+        let (process, istiod) = self.cluster.start_istiod_of(revision, MESH)?;
+        let way_in = include_str!("../istio/way-in-revision.yaml")
+            .replace("ISTIOD_IP", &istiod.secure.ip().to_string())
+            .replace("ISTIOD_PORT", &istiod.secure.port().to_string())
+            .replace("REVISION", revision);
+        self.cluster.apply(&way_in)?;
+        Ok((process, istiod))
+    }
+
+    /// Waits until what was changed by kubectl has its effect, which must be within a second; how long it took.
+    pub fn takes_effect(&self, what: &str, look: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<Duration> {
+        let changed = Instant::now();
+        until(what, Duration::from_secs(60), look)?;
+        let took = changed.elapsed();
+        let asked = Instant::now();
+        self.cluster.kubectl(["get", "--raw", "/version"])?;
+        let most = EFFECTIVE + ALLOWANCE * asked.elapsed();
+        ensure!(
+            took < most,
+            "{what} took {took:?}, and should have taken {most:?} at most on a machine as busy as this"
+        );
+        Ok(took)
     }
 
     /// These planes are ready, as the EndpointSlice of their Service would say.
@@ -119,12 +162,12 @@ fn plane_account(cluster: &Cluster) -> anyhow::Result<PathBuf> {
 /// Starts it, and waits until istiod has told it of the way in.
 fn start_gateway(cluster: &Cluster, istiod: Istiod, machine: &Machine) -> anyhow::Result<Process> {
     let process = gateway::start(cluster, istiod, machine, &envoy()?, None)?;
-    crate::until::until("the gateway listens on 15443", Duration::from_secs(60), || {
+    until("the gateway listens on 15443", Duration::from_secs(60), || {
         if let Some(status) = process.status() {
             return Ok(Err(anyhow::anyhow!("it ended ({status}):\n{}", process.tail())));
         }
         let listeners = machine.check("curl", ["-fsS", "-m", "3", "http://127.0.0.1:15000/listeners"])?;
-        anyhow::ensure!(listeners.contains("15443"), "listeners: {listeners}");
+        ensure!(listeners.contains("15443"), "listeners: {listeners}");
         Ok(Ok(()))
     })??;
     Ok(process)

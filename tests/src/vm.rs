@@ -60,6 +60,8 @@ pub struct Vm {
     pub application: Option<Process>,
     services: Vec<Process>,
     root_certificates: String,
+    /// With its template of Envoy's bootstrap.
+    pilot_agent: Option<(PathBuf, PathBuf)>,
 }
 
 impl Vm {
@@ -75,6 +77,7 @@ impl Vm {
             application: None,
             services: Vec::new(),
             root_certificates: world.ca_certificate().to_owned(),
+            pilot_agent: None,
         };
         vm.start_application()?;
         let host = match vm.evidence.clone() {
@@ -105,6 +108,16 @@ impl Vm {
             ),
         )?;
         Ok(vm)
+    }
+
+    /// As where Istio's package is installed: pilot-agent runs Envoy. `settings` are those of `sidecar.istio`: `{revision: canary}`.
+    pub fn use_pilot_agent(&mut self, world: &World, settings: &str) -> anyhow::Result<()> {
+        let cluster = &world.mesh()?.cluster;
+        self.pilot_agent = Some((cluster.binary("pilot-agent"), cluster.binary("envoy_bootstrap_tmpl.json")));
+        let with_envoy = std::fs::read_to_string(self.file("agent.config.yaml"))?;
+        let with_istio = with_envoy.replace("  envoy: {}\n", &format!("  istio: {settings}\n"));
+        ensure!(with_istio != with_envoy, "{with_envoy}");
+        self.write_file("agent.config.yaml", &with_istio)
     }
 
     /// `onboarding.config.yaml`, with lines added (`workload: ...`, `settings: ...`).
@@ -163,6 +176,9 @@ impl Vm {
         command.arg("--agent-config").arg(self.file("agent.config.yaml"));
         command.arg("--state-dir").arg(self.state_dir());
         command.arg("--envoy-binary").arg(envoy()?);
+        if let Some((binary, template)) = &self.pilot_agent {
+            command.arg("--pilot-agent-binary").arg(binary).arg("--bootstrap-template").arg(template);
+        }
         command.envs(self.environment());
         Ok(command)
     }

@@ -1,23 +1,35 @@
 //! The plane in a cluster, VMs in a mesh of Istio: real API server, real istiod, a real gateway as the one way in.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
+use onboarding_testkit::cluster::Istiod;
+use onboarding_testkit::process::Mark;
 use onboarding_tests::scenario::{Scenario, run};
-use onboarding_tests::until::until;
-use onboarding_tests::world::{Setup, World};
+use onboarding_tests::until::{always, until};
+use onboarding_tests::vm::{Evidence, Vm};
+use onboarding_tests::world::{Pair, Setup, World};
+use onboarding_wire::onboarding as pb;
+use prost::Message;
 use std::process::ExitCode;
 use std::time::Duration;
 
+/// The first makes the pair of VMs, with certificates of seconds.
 const SCENARIOS: &[Scenario] = &[
+    ("certificates_and_tokens_for_them_are_renewed_while_vms_talk", renewal),
     ("vms_join_through_the_gateway_and_call_each_other", join),
     ("kubectl_shows_who_is_there", kubectl_shows),
     ("a_workload_whose_revision_is_missing_is_told_so_until_it_is_put_right", missing_revision),
     ("a_war_that_is_deleted_comes_back", deleted_war),
-    ("a_policy_that_is_deleted_ends_what_lived_by_it", withdrawn),
+    ("pilot_agent_and_envoy_alone_are_live_after_a_power_cycle_without_the_plane", power_cycles),
+    ("a_token_that_expired_while_a_vm_was_away_is_replaced_before_its_sidecar_starts", away_for_days),
+    ("workloads_of_a_revision_are_configured_by_its_istiod", revision),
+    ("a_policy_that_is_deleted_ends_what_lived_by_it", policy_deleted),
+    ("a_group_that_is_deleted_ends_what_lived_by_it", group_deleted),
 ];
 
 fn main() -> ExitCode {
-    run(Setup { istio: true, ..Setup::default() }, SCENARIOS)
+    let flags = ["--istio-token-renewal", "10s"].map(str::to_owned).to_vec();
+    run(Setup { istio: true, plane_flags: flags, ..Setup::default() }, SCENARIOS)
 }
 
 fn join(world: &mut World) -> anyhow::Result<()> {
@@ -131,18 +143,292 @@ fn deleted_war(world: &mut World) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn withdrawn(world: &mut World) -> anyhow::Result<()> {
+fn policy_deleted(world: &mut World) -> anyhow::Result<()> {
+    let policy = ["delete", "op", "allow-narrow-subset-of-aws-ec2-instances", "-n", "bookinfo"];
+    ends_what_lived(world, &policy, "to join WorkloadGroup bookinfo/ratings")
+}
+
+fn group_deleted(world: &mut World) -> anyhow::Result<()> {
+    let group = ["delete", "workloadgroup", "ratings", "-n", "bookinfo"];
+    ends_what_lived(world, &group, "there is no WorkloadGroup bookinfo/ratings")
+}
+
+/// kubectl takes away what `ratings` is admitted by: its session and its entry go within a second, and it comes back by itself.
+/// `told`: why it isn't let in meanwhile.
+fn ends_what_lived(world: &mut World, by: &[&str], told: &str) -> anyhow::Result<()> {
     let pair = world.pair()?;
     let name = pair.ratings.registration();
     let whole = world.manifest("ratings.yaml")?;
-    world.mesh()?.cluster.kubectl(["delete", "op", "--all", "-n", "bookinfo"])?;
-    pair.ratings
-        .agent()?
-        .wait_for_line(Duration::from_secs(10), |line| line.contains("Not authorized by OnboardingPolicy"))?;
-    until("the registration is gone", Duration::from_secs(10), || {
-        ensure!(world.connected(&name).is_err());
+    let agent = pair.ratings.agent()?;
+    let before = agent.mark();
+    let mesh = world.mesh()?;
+    mesh.cluster.kubectl(by)?;
+    mesh.takes_effect("the end of what lived by it", || {
+        let lines = agent.lines_since(before);
+        ensure!(lines.iter().any(|line| line.contains("the plane ended the session")), "its session goes on");
+        for kind in ["war", "workloadentry"] {
+            let there = mesh.cluster.kubectl(["get", kind, "-n", "bookinfo", "-o", "name"])?;
+            ensure!(!there.contains(&name), "its {kind} is there");
+        }
         Ok(())
     })?;
+    agent.wait_for_line_since(before, Duration::from_secs(30), |line| {
+        line.contains("Not authorized by OnboardingPolicy") && line.contains(told)
+    })?;
+    world.connected(&pair.productpage.registration())?;
+    pair.productpage.call_unanswered(&pair.ratings.service())?;
     world.write_manifest("ratings.yaml", &whole)?;
+    until("it is back", Duration::from_secs(60), || world.connected(&name))?;
+    pair.wait_reachable()?;
+    world.keep(pair);
     Ok(())
+}
+
+/// Two of `productpage` call each other, by mutual TLS. Of `ratings` nobody calls others by name: the Sidecar of the requirement says of no
+/// protocol on its egress listener, so Istio takes it for one of TCP.
+fn talk(one: &Vm, other: &Vm) -> anyhow::Result<()> {
+    const IDENTITY: Option<&str> = Some("spiffe://cluster.local/ns/bookinfo/sa/productpage-vm");
+    for (from, to) in [(one, other), (other, one)] {
+        let name = format!("productpage on {}", to.name());
+        until(&format!("{name} answers {}", from.name()), Duration::from_secs(40), || {
+            let answer = from.call("productpage.bookinfo:8080")?;
+            ensure!(answer.application == name, "{answer:?}");
+            ensure!((answer.caller.as_deref(), answer.server.as_deref()) == (IDENTITY, IDENTITY), "{answer:?}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// A second one of `productpage`, with pilot-agent.
+fn with_pilot_agent(world: &World, settings: &str) -> anyhow::Result<Vm> {
+    let mut vm = world.vm("vm3", 13, "productpage", Evidence::jwt("us-east-datacenter1-vm003"))?;
+    vm.use_pilot_agent(world, settings)?;
+    vm.join()?;
+    Ok(vm)
+}
+
+fn renewal(world: &mut World) -> anyhow::Result<()> {
+    world.mesh()?.set_proxy_config("proxyMetadata:\n  SECRET_TTL: 40s\n")?;
+    let outcome = renewed_while_they_talk(world);
+    world.mesh()?.set_proxy_config("")?;
+    let mut pair = outcome?;
+    // Who is started anew is told of what the mesh says now.
+    for vm in [&mut pair.ratings, &mut pair.productpage] {
+        vm.stop_agent()?;
+        vm.join()?;
+        until("certificates are long again", Duration::from_secs(30), || {
+            let left = certificates(vm)?.last().context("no certificate")?.duration_since(jiff::Timestamp::now());
+            ensure!(left.as_hours() > 20, "{}: {left}", vm.name());
+            Ok(())
+        })?;
+    }
+    pair.wait_reachable()?;
+    world.keep(pair);
+    Ok(())
+}
+
+fn renewed_while_they_talk(world: &mut World) -> anyhow::Result<Pair> {
+    let pair = world.pair()?;
+    let both = [&pair.ratings, &pair.productpage];
+    let loads = [
+        pair.productpage.load("ratings.bookinfo:8080", "/", 50)?,
+        pair.productpage.load("productpage.bookinfo:8080", "/", 50)?,
+    ];
+    until("each has renewed its certificate and the token for it twice", Duration::from_secs(120), || {
+        for vm in both {
+            let (certificates, tokens) = (certificates(vm)?.len(), istio_tokens(vm)?.len());
+            ensure!(certificates >= 3 && tokens >= 3, "{}: {certificates} certificates, {tokens} tokens", vm.name());
+        }
+        Ok(())
+    })?;
+    for load in loads {
+        let outcome = load.stop()?;
+        ensure!(outcome.failed == 0 && outcome.sent > 1000, "{outcome:?}");
+    }
+    for vm in both {
+        // None had run out before the next one came, and Envoy is the one that was started with the first.
+        let ends = certificates(vm)?;
+        ensure!(ends.iter().all(|end| end.duration_since(jiff::Timestamp::now()).as_secs() < 60), "{ends:?}");
+        let starts = count(vm, "starting the sidecar")? + count(vm, "the sidecar is restarted")?;
+        ensure!(starts == 1 && count(vm, "the session is open")? == 1, "{}: {starts} starts", vm.name());
+        ensure!(count(vm, "no certificate of istiod")? == 0, "{}: istiod refused", vm.name());
+    }
+    Ok(pair)
+}
+
+fn count(vm: &Vm, words: &str) -> anyhow::Result<usize> {
+    Ok(vm.agent()?.lines_since(Mark::default()).iter().filter(|line| line.contains(words)).count())
+}
+
+/// When those end that its agent got of istiod.
+fn certificates(vm: &Vm) -> anyhow::Result<Vec<jiff::Timestamp>> {
+    told_of(vm, "got a certificate of istiod", "expires_at=")
+}
+
+/// When those end that the plane sent.
+fn istio_tokens(vm: &Vm) -> anyhow::Result<Vec<jiff::Timestamp>> {
+    told_of(vm, "got a boot configuration of an Istio mesh", "token_expires_at=")
+}
+
+fn told_of(vm: &Vm, words: &str, field: &str) -> anyhow::Result<Vec<jiff::Timestamp>> {
+    let lines = vm.agent()?.lines_since(Mark::default());
+    let told = lines.iter().filter(|line| line.contains(words)).map(|line| {
+        let value = line.split_whitespace().find_map(|word| word.strip_prefix(field));
+        Ok(value.with_context(|| format!("{line:?} has no {field}"))?.parse()?)
+    });
+    told.collect()
+}
+
+fn power_cycles(world: &mut World) -> anyhow::Result<()> {
+    let mut pair = world.pair()?;
+    let mut pilot = with_pilot_agent(world, "{}")?;
+    ensure!(!pilot.pids("/pilot-agent")?.is_empty(), "no pilot-agent runs");
+    ensure!(pair.productpage.pids("/pilot-agent")?.is_empty(), "Envoy was to be alone");
+    world.connected(&pilot.registration())?;
+    talk(&pilot, &pair.productpage)?;
+
+    world.stop_plane()?;
+    for vm in [&mut pair.productpage, &mut pilot] {
+        vm.power_cycle(world)?;
+        vm.start_agent()?;
+    }
+    let live = live_without_the_plane(&pair, &pilot);
+    world.start_plane()?;
+    live?;
+    for vm in [&pair.productpage, &pilot] {
+        until("it is connected again", Duration::from_secs(60), || world.connected(&vm.registration()))?;
+        ensure!(count(vm, "starting the sidecar")? == 1, "{}: its sidecar was started again", vm.name());
+    }
+    talk(&pilot, &pair.productpage)?;
+    pilot.stop_agent()?;
+    world.keep(pair);
+    Ok(())
+}
+
+fn live_without_the_plane(pair: &Pair, pilot: &Vm) -> anyhow::Result<()> {
+    for vm in [&pair.productpage, pilot] {
+        vm.wait_live(Duration::from_secs(40))?;
+    }
+    talk(pilot, &pair.productpage)?;
+    for vm in [&pair.productpage, pilot] {
+        until("it reaches who was there all the time", Duration::from_secs(20), || vm.call("ratings.bookinfo:8080"))?;
+        ensure!(count(vm, "the session is open")? == 0, "{}: a plane has helped", vm.name());
+    }
+    Ok(())
+}
+
+fn away_for_days(world: &mut World) -> anyhow::Result<()> {
+    let mut pair = world.pair()?;
+    let mut pilot = with_pilot_agent(world, "{}")?;
+    world.stop_plane()?;
+    for vm in [&mut pair.productpage, &mut pilot] {
+        vm.power_cycle(world)?;
+        days_pass(vm)?;
+        vm.start_agent()?;
+    }
+    let waited = [&pair.productpage, &pilot].into_iter().try_for_each(wait_without_sidecar);
+    world.start_plane()?;
+    waited?;
+    for vm in [&pair.productpage, &pilot] {
+        vm.wait_live(Duration::from_secs(60))?;
+        let lines = vm.agent()?.lines_since(Mark::default());
+        let place = |words: &str| lines.iter().position(|line| line.contains(words)).context(words.to_owned());
+        let (token, start) = (place("got a boot configuration of an Istio mesh")?, place("starting the sidecar")?);
+        ensure!(token < start, "{}: it was started by the old token", vm.name());
+    }
+    talk(&pilot, &pair.productpage)?;
+    pilot.stop_agent()?;
+    world.keep(pair);
+    Ok(())
+}
+
+/// It asks for the plane again and again; what it ran to know the sidecar's version has ended by then.
+fn wait_without_sidecar(vm: &Vm) -> anyhow::Result<()> {
+    until("it has tried to onboard, and again", Duration::from_secs(20), || {
+        let tries = count(vm, "onboarding is tried again")?;
+        ensure!(tries >= 2, "{}: {tries} tries", vm.name());
+        Ok(())
+    })?;
+    always("no sidecar runs", Duration::from_secs(2), || no_sidecar(vm))
+}
+
+fn no_sidecar(vm: &Vm) -> anyhow::Result<()> {
+    for program in ["/envoy", "/pilot-agent"] {
+        let pids = vm.pids(program)?;
+        ensure!(pids.is_empty(), "{}: {program} runs: {pids:?}", vm.name());
+    }
+    Ok(())
+}
+
+/// As after a week without power: the token for istiod's CA has expired, and no certificate is valid. The agent isn't running.
+fn days_pass(vm: &Vm) -> anyhow::Result<()> {
+    let state = vm.state_dir();
+    let kept = std::fs::read(state.join("boot"))?;
+    // After its SHA-256.
+    let mut boot = pb::BootConfiguration::decode(kept.get(32..).context("a boot configuration is longer")?)?;
+    let Some(pb::boot_configuration::Sidecar::Istio(istio)) = &mut boot.sidecar else { anyhow::bail!("{boot:?}") };
+    let now = jiff::Timestamp::now().as_second();
+    istio.token_expires_at = Some(prost_types::Timestamp { seconds: now - 7 * 24 * 3600, nanos: 0 });
+    let boot = boot.encode_to_vec();
+    let sum = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &boot);
+    std::fs::write(state.join("boot"), [sum.as_ref(), &boot].concat())?;
+    let certificates = ["istiod-identity.json", "sidecar/etc/certs/cert-chain.pem", "sidecar/etc/certs/key.pem"];
+    let mut removed = 0;
+    for certificate in certificates {
+        match std::fs::remove_file(state.join(certificate)) {
+            Ok(()) => removed += 1,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    ensure!(removed > 0, "{} had no certificate", vm.name());
+    Ok(())
+}
+
+fn revision(world: &mut World) -> anyhow::Result<()> {
+    let mut pair = world.pair()?;
+    let mesh = world.mesh()?;
+    let (_process, canary) = mesh.start_revision("canary")?;
+    let proxies = |istiod: Istiod| -> anyhow::Result<String> { Ok(mesh.sync_status_of(istiod)?.to_string()) };
+
+    // By the agent's configuration, with pilot-agent.
+    let mut pilot = with_pilot_agent(world, "{revision: canary}")?;
+    configured_by(&pilot, &proxies, canary, mesh.istiod)?;
+    talk(&pilot, &pair.productpage)?;
+
+    // By the label of the group, with Envoy alone: who is there moves when it is started again.
+    configured_by(&pair.productpage, &proxies, mesh.istiod, canary)?;
+    let label = |value: &str| mesh.cluster.kubectl(["label", "workloadgroup", "productpage", "-n", "bookinfo", value]);
+    label("istio.io/rev=canary")?;
+    up_to_date(world, &pair.productpage.registration(), "False")?;
+    let moved = pair.productpage.stop_agent().and_then(|_| pair.productpage.join());
+    let moved = moved.and_then(|_| configured_by(&pair.productpage, &proxies, canary, mesh.istiod));
+    let moved = moved.and_then(|()| talk(&pilot, &pair.productpage));
+    label("istio.io/rev-")?;
+    moved?;
+    pair.productpage.stop_agent()?;
+    pair.productpage.join()?;
+    configured_by(&pair.productpage, &proxies, mesh.istiod, canary)?;
+    pilot.stop_agent()?;
+    mesh.cluster.kubectl(["delete", "configmap", "istio-canary", "-n", "istio-system"])?;
+    pair.wait_reachable()?;
+    world.keep(pair);
+    Ok(())
+}
+
+/// Until its proxy is connected to the one istiod, and not to the other.
+fn configured_by(
+    vm: &Vm,
+    proxies: &impl Fn(Istiod) -> anyhow::Result<String>,
+    by: Istiod,
+    not_by: Istiod,
+) -> anyhow::Result<()> {
+    let proxy = format!("{}.bookinfo", vm.registration());
+    until("its istiod knows the proxy, and the other doesn't", Duration::from_secs(60), || {
+        let (there, elsewhere) = (proxies(by)?, proxies(not_by)?);
+        ensure!(there.contains(&proxy), "{proxy} isn't among {there}");
+        ensure!(!elsewhere.contains(&proxy), "{proxy} is with the other istiod: {elsewhere}");
+        Ok(())
+    })
 }

@@ -289,13 +289,28 @@ impl Cluster {
         if !self.try_kubectl(["get", "namespace", ISTIO_SYSTEM])?.status.success() {
             self.kubectl(["create", "namespace", ISTIO_SYSTEM])?;
         }
-        let indented: String = mesh.lines().map(|line| format!("    {line}\n")).collect();
-        self.apply(&format!(
-            "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: istio, namespace: {ISTIO_SYSTEM}}}\ndata:\n  mesh: |\n{indented}"
-        ))?;
+        self.put_mesh("istio", mesh)?;
         let address = self.options.address;
         let http = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), free_port(address)?.port());
         self.run_istiod(Istiod { secure: free_port(address)?, http })
+    }
+
+    /// One more, of a revision; call after [`Self::start_istiod`], whose CA it shares. It is not the cluster's to end.
+    pub fn start_istiod_of(&self, revision: &str, mesh: &str) -> anyhow::Result<(Process, Istiod)> {
+        self.put_mesh(&format!("istio-{revision}"), mesh)?;
+        let address = self.options.address;
+        let http = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), free_port(address)?.port());
+        let istiod = Istiod { secure: free_port(address)?, http };
+        Ok((self.istiod_process(istiod, Some(revision))?, istiod))
+    }
+
+    /// Into the ConfigMap of this name.
+    fn put_mesh(&self, name: &str, mesh: &str) -> anyhow::Result<()> {
+        let indented: String = mesh.lines().map(|line| format!("    {line}\n")).collect();
+        self.apply(&format!(
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: {name}, namespace: {ISTIO_SYSTEM}}}\ndata:\n  mesh: |\n{indented}"
+        ))
+        .map(drop)
     }
 
     /// Kills it (SIGKILL) and starts it anew, at the same addresses, as behind its Service; `meanwhile` is called while there is none.
@@ -307,6 +322,13 @@ impl Cluster {
     }
 
     fn run_istiod(&self, istiod: Istiod) -> anyhow::Result<Istiod> {
+        let process = self.istiod_process(istiod, None)?;
+        self.lock().istiod = Some((process, istiod));
+        Ok(istiod)
+    }
+
+    fn istiod_process(&self, istiod: Istiod, revision: Option<&str>) -> anyhow::Result<Process> {
+        let name = revision.map_or_else(|| "istiod".to_owned(), |revision| format!("istiod-{revision}"));
         let (https, monitoring) = (free_port(self.options.address)?, free_port(self.options.address)?);
         let mut command = (self.options.command)(&self.binary("pilot-discovery"));
         command
@@ -321,20 +343,20 @@ impl Cluster {
             .current_dir(self.directory.path())
             .envs([
                 ("POD_NAMESPACE", ISTIO_SYSTEM),
-                ("POD_NAME", "istiod-test"),
+                ("POD_NAME", &format!("{name}-test")),
+                ("REVISION", revision.unwrap_or_default()),
                 ("PILOT_CERT_PROVIDER", "istiod"),
                 // A stock Envoy then takes all that istiod sends.
                 ("PILOT_ENABLE_ALPN_FILTER", "false"),
                 ("PILOT_ENABLE_METADATA_EXCHANGE", "false"),
             ]);
-        let process = Process::start("istiod", command, Some(&self.path("istiod.log")))?;
-        let ready = self.wait_until("istiod", &process, || {
+        let process = Process::start(&name, command, Some(&self.path(&format!("{name}.log"))))?;
+        self.wait_until(&name, &process, || {
             let mut curl = (self.options.command)(Path::new("curl"));
             curl.args(["-fsS", "--max-time", "2"]).arg(format!("http://{}/ready", istiod.http));
             process::output(curl, Duration::from_secs(5)).map(|_| ())
-        });
-        self.lock().istiod = Some((process, istiod));
-        ready.map(|()| istiod)
+        })?;
+        Ok(process)
     }
 
     pub fn kill_istiod(&self) -> anyhow::Result<()> {

@@ -48,6 +48,13 @@ struct Member {
     task: Option<JoinHandle<()>>,
 }
 
+/// Of a [`Crowd::race`].
+pub struct Racer {
+    /// Of its key.
+    pub thumbprint: String,
+    pub outcome: Result<agent::Session, Status>,
+}
+
 /// What became of its tries.
 #[derive(Default)]
 struct Seen {
@@ -149,6 +156,41 @@ impl Crowd {
             let waiting: Vec<_> = self.there().filter(|member| !member.seen.connected.load(Ordering::SeqCst)).collect();
             let Some(first) = waiting.first() else { return Ok(()) };
             anyhow::bail!("{} are not; one of them last heard {:?}", waiting.len(), first.seen.last_refusal())
+        })
+    }
+
+    /// Two hosts that both say to be the member with this number, who isn't here, with a key each: both are authorized, each by its own
+    /// plane, and then register at the same moment. Who is let in opens its session.
+    pub fn race(&self, number: u32, planes: [SocketAddr; 2]) -> anyhow::Result<[Racer; 2]> {
+        let keys = [Key::new(), Key::new()];
+        let start = tokio::sync::Barrier::new(planes.len());
+        let run = |turn: usize| {
+            let (plane, key, start, shared) = (planes[turn], keys[turn].clone(), &start, &self.shared);
+            async move {
+                let mut agent = agent::dial(plane, ENDPOINT, shared.tls.clone(), key).await?;
+                let discovered = agent.try_discover().await?;
+                shared.authorize(number, &mut agent, &discovered).await?;
+                start.wait().await;
+                anyhow::Ok(match shared.register_at_its_address(number, &agent).await {
+                    Ok(()) => Ok(agent.session().await?),
+                    Err(refused) => Err(refused),
+                })
+            }
+        };
+        let both = async { tokio::join!(run(0), run(1)) };
+        let both = self.runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), both).await })?;
+        let [first, second] = &keys;
+        Ok([
+            Racer { thumbprint: first.thumbprint(), outcome: both.0? },
+            Racer { thumbprint: second.thumbprint(), outcome: both.1? },
+        ])
+    }
+
+    /// What a newcomer is told before it has said anything.
+    pub fn discover(&self) -> anyhow::Result<pb::DiscoverResponse> {
+        self.runtime.block_on(async {
+            let agent = agent::dial(self.shared.way_in, ENDPOINT, self.shared.tls.clone(), Key::new()).await?;
+            Ok(agent.try_discover().await?)
         })
     }
 
@@ -270,18 +312,23 @@ impl Shared {
             let proof = agent.token_proof_after(&discovered);
             return agent.session_with(Some(proof)).await;
         }
-        self.register(number, &mut agent, &discovered).await?;
+        self.authorize(number, &mut agent, &discovered).await?;
+        self.register_at_its_address(number, &agent).await?;
         *token.lock().unwrap() = agent.token.clone();
         agent.session().await
     }
 
-    async fn register(&self, number: u32, agent: &mut Agent, discovered: &pb::DiscoverResponse) -> Result<(), Status> {
+    async fn authorize(&self, number: u32, agent: &mut Agent, discovered: &pb::DiscoverResponse) -> Result<(), Status> {
         let now = jiff::Timestamp::now().as_second();
         let claims = serde_json::json!({
             "sub": format!("{}-{number:04}", self.name), "aud": discovered.plane_uid, "iat": now, "exp": now + LIFE,
         });
         let jwt = self.issuer.mint(jsonwebtoken::Algorithm::ES256, claims).unwrap();
         agent.token = agent.authorize_with(agent.request_after(discovered, &jwt)).await?.token;
+        Ok(())
+    }
+
+    async fn register_at_its_address(&self, number: u32, agent: &Agent) -> Result<(), Status> {
         let [_, _, high, low] = number.to_be_bytes();
         agent.register_at(&Ipv4Addr::new(10, 200, high, low).to_string(), None).await.map(drop)
     }

@@ -62,6 +62,20 @@ fn while_they_talk(world: &mut World) -> anyhow::Result<Pair> {
     })?;
     third.call("productpage.bookinfo:8080")?;
 
+    // Tokens are for the plane's name and by its terms, and it is given others.
+    let plane = world.manifest("controlplane.yaml")?;
+    let renamed = plane.replace("onboarding:\n", "onboarding:\n      uid: its-other-name\n");
+    let renamed = renamed.replace("propagationDelay: 2s", "propagationDelay: 3s");
+    ensure!(renamed.contains("uid: its-other-name") && renamed.contains("Delay: 3s"), "{renamed}");
+    let before = [pair.ratings.agent()?.mark(), pair.productpage.agent()?.mark()];
+    world.write_manifest("controlplane.yaml", &renamed)?;
+    until("each has renewed its token twice under the plane's new name", Duration::from_secs(60), || {
+        for (vm, mark) in both.into_iter().zip(before) {
+            let tokens = count(vm, mark, TOKEN)?;
+            ensure!(tokens >= 2, "{}: {tokens} tokens", vm.name());
+        }
+        Ok(())
+    })?;
     until("each has renewed its token three times", Duration::from_secs(60), || {
         for (vm, mark) in both.into_iter().zip(began) {
             let tokens = count(vm, mark, TOKEN)?;

@@ -6,6 +6,7 @@
 mod addresses;
 #[path = "../../../crates/endpoint/tests/support/agent.rs"]
 mod agent;
+mod api;
 mod changes;
 mod crowd;
 mod foreign;
@@ -22,6 +23,8 @@ use std::process::ExitCode;
 const SCENARIOS: &[Scenario] = &[
     ("istiod_restarts_and_tokens_are_renewed_while_vms_talk", istiod::restarts),
     ("a_plane_that_is_killed_under_two_hundred_agents_loses_none_of_them", replicas::one_is_killed),
+    ("two_first_keys_for_one_identity_race_on_two_planes_and_one_wins", replicas::first_keys_race),
+    ("an_api_server_that_is_killed_ends_no_session_and_lets_newcomers_wait", api::is_killed),
     ("what_is_changed_while_workloads_join_takes_effect_and_fails_no_join", changes::while_joining),
     ("objects_of_others_are_left_alone", foreign::objects_of_others),
     ("objects_of_before_the_schema_count_as_absent", foreign::of_before_the_schema),

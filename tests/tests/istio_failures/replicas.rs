@@ -1,18 +1,21 @@
 //! Two planes, and one of them dies.
 
-use crate::crowd::Crowd;
+use crate::crowd::{Crowd, Racer};
 use anyhow::{Context, ensure};
 use nix::sys::signal::Signal;
 use onboarding_testkit::netns::Machine;
+use onboarding_testkit::process::Process;
 use onboarding_tests::until::until;
 use onboarding_tests::world::World;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
+use tonic::Code;
 
 const AGENTS: usize = 200;
-const SECOND: &str = "onboarding-plane-1";
-const FIRST: &str = "onboarding-plane-0";
+const RACES: u32 = 20;
+pub const SECOND: &str = "onboarding-plane-1";
+pub const FIRST: &str = "onboarding-plane-0";
 
 pub fn one_is_killed(world: &mut World) -> anyhow::Result<()> {
     let outcome = with_two(world);
@@ -23,8 +26,8 @@ pub fn one_is_killed(world: &mut World) -> anyhow::Result<()> {
     outcome
 }
 
-fn with_two(world: &mut World) -> anyhow::Result<()> {
-    let pair = world.pair()?;
+/// It runs and is ready; the way in doesn't lead to it yet.
+fn launch_second(world: &World) -> anyhow::Result<(Machine, Process)> {
     let machine = world.lab().machine("plane1", 7)?;
     let second = world.launch_replica(&machine, SECOND)?;
     until("the second plane is ready", Duration::from_secs(30), || {
@@ -32,6 +35,52 @@ fn with_two(world: &mut World) -> anyhow::Result<()> {
         ensure!(status == 200, "{said}");
         Ok(())
     })?;
+    Ok((machine, second))
+}
+
+/// Hosts that say the same of themselves, each with a key of its own, come to both planes at the same moment.
+pub fn first_keys_race(world: &mut World) -> anyhow::Result<()> {
+    let (machine, second) = launch_second(world)?;
+    let crowd = Crowd::new(world, "race")?;
+    let planes = [world.plane_machine.address(), machine.address()].map(|address| (address, 15443).into());
+    // Each winner's session goes on, so that its registration is there to be looked at.
+    let (mut winners, mut won) = (Vec::new(), [0, 0]);
+    for round in 0..RACES {
+        let (winner, session, loser, refused) = match crowd.race(round, planes)? {
+            [Racer { thumbprint, outcome: Ok(session) }, Racer { thumbprint: loser, outcome: Err(refused) }] => {
+                won[0] += 1;
+                (thumbprint, session, loser, refused)
+            }
+            [Racer { thumbprint: loser, outcome: Err(refused) }, Racer { thumbprint, outcome: Ok(session) }] => {
+                won[1] += 1;
+                (thumbprint, session, loser, refused)
+            }
+            [one, other] => {
+                anyhow::bail!("round {round}: {:?} and {:?}", one.outcome.map(drop), other.outcome.map(drop))
+            }
+        };
+        let words = format!("this identity is registered with another key ({winner}, this one is {loser})");
+        ensure!(
+            refused.code() == Code::FailedPrecondition && refused.message().starts_with(&words),
+            "round {round}: the other was told {refused:?} and not {words:?}"
+        );
+        winners.push((crowd.name(round), winner, session));
+    }
+    println!("  of {RACES} races the first plane's agent won {}, the second's {}", won[0], won[1]);
+    let wars = crowd.wars(world)?;
+    ensure!(wars.len() == winners.len(), "{} wars for {} identities", wars.len(), winners.len());
+    for (name, winner, _) in &winners {
+        let war = wars.get(name).with_context(|| format!("no war {name}"))?.to_string();
+        ensure!(war.contains(winner), "{winner} has won, and the war is {war}");
+    }
+    drop(winners);
+    second.terminate(Duration::from_secs(30)).context("stopping the second plane")?;
+    crowd.leave(world)
+}
+
+fn with_two(world: &mut World) -> anyhow::Result<()> {
+    let pair = world.pair()?;
+    let (machine, second) = launch_second(world)?;
     world.mesh()?.route_to_planes(&[world.plane_machine.address(), machine.address()])?;
     let mut crowd = Crowd::new(world, "crowd")?;
     let started = Instant::now();
@@ -123,7 +172,7 @@ fn with_two(world: &mut World) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn connected_to(war: &Value) -> Option<&str> {
+pub fn connected_to(war: &Value) -> Option<&str> {
     let conditions = war["status"]["conditions"].as_array()?;
     let connected = conditions.iter().find(|condition| condition["type"] == "AgentConnected")?;
     let to = war["status"]["activeAgentConnection"]["connectedTo"].as_str();
@@ -131,11 +180,11 @@ fn connected_to(war: &Value) -> Option<&str> {
     to
 }
 
-fn held(wars: &BTreeMap<String, Value>, replica: &str) -> usize {
+pub fn held(wars: &BTreeMap<String, Value>, replica: &str) -> usize {
     wars.values().filter(|war| connected_to(war) == Some(replica)).count()
 }
 
-fn uids(objects: &BTreeMap<String, Value>) -> Vec<&str> {
+pub fn uids(objects: &BTreeMap<String, Value>) -> Vec<&str> {
     objects.values().filter_map(|object| object["metadata"]["uid"].as_str()).collect()
 }
 

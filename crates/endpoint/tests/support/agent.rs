@@ -85,6 +85,12 @@ impl Key {
         Self { pair: Arc::new(pair), public }
     }
 
+    /// Hex of the SHA-256 of the public key, as refusals and registrations name it.
+    pub fn thumbprint(&self) -> String {
+        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &self.public);
+        digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
     pub fn proof(&self, uid: &str, challenge: &[u8], purpose: Purpose<'_>) -> pb::KeyProof {
         let signature = self.pair.sign(&SystemRandom::new(), &signed_bytes(uid, challenge, purpose)).unwrap();
         pb::KeyProof { public_key: self.public.clone(), signature: signature.as_ref().to_vec() }
