@@ -182,6 +182,7 @@ fn played_with() -> anyhow::Result<()> {
     cluster.refuse(&["logs", "nobody"], 1, "there is no log nobody; there are: ")?;
     cluster.refuse(&["enter", "nobody", "true"], 1, "there is no machine nobody; there are: ")?;
     let doctor = cluster.run(&["onboardctl", "doctor"])?;
+    ensure!(doctor.status.success(), "{doctor:?}");
     ensure!(doctor.stdout.contains("onboarding-endpoint.your-company.corp"), "{doctor:?}");
     ensure!(cluster.check(&["rm", "vm1"])?.contains("vm1 left the mesh"), "rm");
     let wars = cluster.check(&["kubectl", "get", "war", "-n", "bookinfo", "-o", "name"])?;
