@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 const CONTROL: u8 = 5;
 const GATEWAY: u8 = 6;
 const MESH: &str = "trustDomain: cluster.local\ndefaultConfig:\n  discoveryAddress: istiod.istio-system.svc:15012\n";
+/// Of what the gateway stands in front of.
+pub const POD_NETWORK: &str = "pods";
 /// Within which a change decides.
 const EFFECTIVE: Duration = Duration::from_secs(1);
 /// A machine that has other things to do gets so many times what kubectl needs for next to nothing.
@@ -161,7 +163,7 @@ fn plane_account(cluster: &Cluster) -> anyhow::Result<PathBuf> {
 
 /// Starts it, and waits until istiod has told it of the way in.
 fn start_gateway(cluster: &Cluster, istiod: Istiod, machine: &Machine) -> anyhow::Result<Process> {
-    let process = gateway::start(cluster, istiod, machine, &envoy()?, None)?;
+    let process = gateway::start(cluster, istiod, machine, &envoy()?, Some(POD_NETWORK))?;
     until("the gateway listens on 15443", Duration::from_secs(60), || {
         if let Some(status) = process.status() {
             return Ok(Err(anyhow::anyhow!("it ended ({status}):\n{}", process.tail())));

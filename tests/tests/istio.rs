@@ -3,11 +3,13 @@
 
 use anyhow::{Context, ensure};
 use onboarding_testkit::cluster::Istiod;
-use onboarding_testkit::process::Mark;
+use onboarding_testkit::gateway;
+use onboarding_testkit::process::{Mark, Process};
+use onboarding_tests::mesh::POD_NETWORK;
 use onboarding_tests::scenario::{Scenario, run};
 use onboarding_tests::until::{always, until};
 use onboarding_tests::vm::{Evidence, Vm};
-use onboarding_tests::world::{Pair, Setup, World};
+use onboarding_tests::world::{Pair, Setup, World, binary, envoy};
 use onboarding_wire::onboarding as pb;
 use prost::Message;
 use std::process::ExitCode;
@@ -23,6 +25,7 @@ const SCENARIOS: &[Scenario] = &[
     ("pilot_agent_and_envoy_alone_are_live_after_a_power_cycle_without_the_plane", power_cycles),
     ("a_token_that_expired_while_a_vm_was_away_is_replaced_before_its_sidecar_starts", away_for_days),
     ("workloads_of_a_revision_are_configured_by_its_istiod", revision),
+    ("a_vm_calls_a_pod_of_another_network_through_the_way_in", pods),
     ("a_policy_that_is_deleted_ends_what_lived_by_it", policy_deleted),
     ("a_group_that_is_deleted_ends_what_lived_by_it", group_deleted),
 ];
@@ -413,6 +416,43 @@ fn revision(world: &mut World) -> anyhow::Result<()> {
     pilot.stop_agent()?;
     mesh.cluster.kubectl(["delete", "configmap", "istio-canary", "-n", "istio-system"])?;
     pair.wait_reachable()?;
+    world.keep(pair);
+    Ok(())
+}
+
+fn pods(world: &mut World) -> anyhow::Result<()> {
+    let pair = world.pair()?;
+    let mesh = world.mesh()?;
+    let machine = world.lab().machine("pod", 60)?;
+    let objects = include_str!("../istio/pod.yaml")
+        .replace("POD_IP", &machine.address().to_string())
+        .replace("GATEWAY_IP", &mesh.gateway.address().to_string());
+    mesh.cluster.apply(&objects)?;
+    let mut application = machine.command(binary("onboarding-testkit")?);
+    application.args(["application", "--name", "details in a pod", "--listen", "127.0.0.1:8080"]);
+    let _application = Process::start("details", application, None)?;
+    let details = ("bookinfo", "details");
+    let sidecar = gateway::start_sidecar(&mesh.cluster, mesh.istiod, &machine, &envoy()?, details, Some(POD_NETWORK))?;
+
+    // The VM knows no way to the pod itself.
+    let vm = &pair.productpage.machine;
+    vm.check("ip", ["route", "add", "unreachable", &format!("{}/32", machine.address())])?;
+    until("the VM gets an answer of the pod", Duration::from_secs(60), || {
+        ensure!(sidecar.status().is_none(), "its sidecar ended:\n{}", sidecar.tail());
+        let answer = pair.productpage.call("details.bookinfo:8080")?;
+        ensure!(answer.application == "details in a pod", "{answer:?}");
+        let caller = Some("spiffe://cluster.local/ns/bookinfo/sa/productpage-vm");
+        let server = Some("spiffe://cluster.local/ns/bookinfo/sa/details");
+        ensure!((answer.caller.as_deref(), answer.server.as_deref()) == (caller, server), "{answer:?}");
+        Ok(())
+    })?;
+    // Who is of the VM's own network is called as before.
+    pair.wait_reachable()?;
+    vm.check("ip", ["route", "del", "unreachable", &format!("{}/32", machine.address())])?;
+    for object in ["sidecar/details", "workloadentry/details", "service/details", "serviceaccount/details"] {
+        mesh.cluster.kubectl(["delete", object, "-n", "bookinfo"])?;
+    }
+    mesh.cluster.kubectl(["delete", "service/vmgateway", "-n", "istio-system"])?;
     world.keep(pair);
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! A real gateway of an Istio mesh: `pilot-agent proxy router`, as the Deployment `vmgateway` would run it in a pod.
+//! What pods of an Istio mesh run, on a machine each: a gateway (`pilot-agent proxy router`), as the Deployment `vmgateway` has it, or the
+//! sidecar of a workload.
 
 use crate::cluster::{Cluster, Istiod};
 use crate::netns::Machine;
@@ -15,15 +16,43 @@ pub fn start(
     envoy: &Path,
     network: Option<&str>,
 ) -> anyhow::Result<Process> {
+    let pod = Pod { kind: "router", app: "vmgateway", namespace: "istio-system", network };
+    run(cluster, istiod, machine, envoy, &pod)
+}
+
+/// The sidecar of a pod of `app`, with the ServiceAccount of that name, as injection would start it but for the redirection of what
+/// comes and goes: a Sidecar has to say where it listens. Its output is in `gateway.log` of the machine.
+pub fn start_sidecar(
+    cluster: &Cluster,
+    istiod: Istiod,
+    machine: &Machine,
+    envoy: &Path,
+    (namespace, app): (&str, &str),
+    network: Option<&str>,
+) -> anyhow::Result<Process> {
+    run(cluster, istiod, machine, envoy, &Pod { kind: "sidecar", app, namespace, network })
+}
+
+struct Pod<'a> {
+    /// Of proxy.
+    kind: &'a str,
+    /// The workload and its ServiceAccount.
+    app: &'a str,
+    namespace: &'a str,
+    network: Option<&'a str>,
+}
+
+fn run(cluster: &Cluster, istiod: Istiod, machine: &Machine, envoy: &Path, pod: &Pod<'_>) -> anyhow::Result<Process> {
+    let &Pod { kind, app, namespace, network } = pod;
     let directory = machine.directory().join("gateway");
     let write = |path: &str, text: &str| -> anyhow::Result<()> {
         let path = directory.join(path);
         std::fs::create_dir_all(path.parent().context("a file has a directory")?)?;
         Ok(std::fs::write(path, text)?)
     };
-    let token = cluster.kubectl(["create", "token", "vmgateway", "-n", "istio-system", "--audience=istio-ca"])?;
+    let token = cluster.kubectl(["create", "token", app, "-n", namespace, "--audience=istio-ca"])?;
     let root = "jsonpath={.data.root-cert\\.pem}";
-    let root = cluster.kubectl(["get", "configmap", "istio-ca-root-cert", "-n", "istio-system", "-o", root])?;
+    let root = cluster.kubectl(["get", "configmap", "istio-ca-root-cert", "-n", namespace, "-o", root])?;
     write("var/run/secrets/tokens/istio-token", token.trim())?;
     write("var/run/secrets/istio/root-cert.pem", &root)?;
     write("etc/certs/root-cert.pem", &root)?;
@@ -34,7 +63,7 @@ pub fn start(
         istiod.secure,
         envoy.display()
     );
-    let mut labels = serde_json::json!({ "istio": "vmgateway", "app": "vmgateway" });
+    let mut labels = serde_json::json!({ "istio": app, "app": app });
     if let Some(network) = network {
         labels["topology.istio.io/network"] = network.into();
     }
@@ -44,17 +73,19 @@ pub fn start(
         .args(["-c", r#"cd "$0" && exec "$@""#])
         .arg(&directory)
         .arg(cluster.binary("pilot-agent"))
-        .args(["proxy", "router", "--domain", "istio-system.svc.cluster.local", "--log_output_level=default:warn"])
+        .args(["proxy", kind, "--domain", &format!("{namespace}.svc.cluster.local")])
+        .arg("--log_output_level=default:warn")
         .envs([
             ("INSTANCE_IP", machine.address().to_string().as_str()),
-            ("POD_NAME", "vmgateway-test"),
-            ("POD_NAMESPACE", "istio-system"),
-            ("SERVICE_ACCOUNT", "vmgateway"),
+            ("POD_NAME", &format!("{app}-test")),
+            ("POD_NAMESPACE", namespace),
+            ("SERVICE_ACCOUNT", app),
             ("TRUST_DOMAIN", "cluster.local"),
             // Nobody is asked which cloud this is.
             ("CLOUD_PLATFORM", "none"),
             ("ISTIO_META_CLUSTER_ID", "Kubernetes"),
-            ("ISTIO_META_WORKLOAD_NAME", "vmgateway"),
+            ("ISTIO_META_INTERCEPTION_MODE", "NONE"),
+            ("ISTIO_META_WORKLOAD_NAME", app),
             ("ISTIO_METAJSON_LABELS", labels.to_string().as_str()),
             ("ISTIOD_SAN", "istiod.istio-system.svc"),
             ("PROXY_CONFIG", config.as_str()),
@@ -63,5 +94,5 @@ pub fn start(
         // The first by injection, from the label; the second by the Deployment.
         command.envs([("ISTIO_META_NETWORK", network), ("ISTIO_META_REQUESTED_NETWORK_VIEW", network)]);
     }
-    Process::start("vmgateway", command, Some(&machine.directory().join("gateway.log")))
+    Process::start(app, command, Some(&machine.directory().join("gateway.log")))
 }
