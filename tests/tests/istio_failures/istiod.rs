@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 const LONG: &str = "expiration: 1h";
 /// Of the agent's log, for each that it gets.
 const TOKEN: &str = "Workload Onboarding Token";
-/// Renewed when two thirds are over.
-const SHORT: &str = "expiration: 9s";
+/// Renewed when two thirds are over: the rest has to do for one that is refused because the plane was renamed meanwhile, and asks again.
+const SHORT: &str = "expiration: 15s";
 
 pub fn restarts(world: &mut World) -> anyhow::Result<()> {
     let plane = world.manifest("controlplane.yaml")?;
