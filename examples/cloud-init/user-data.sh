@@ -24,7 +24,8 @@ case $(uname -m) in
     aarch64) arch=arm64 ;;
 esac
 if command -v apt-get >/dev/null; then
-    format=deb install=(apt-get install -y)
+    # At first boot unattended-upgrades may hold dpkg's lock for minutes.
+    format=deb install=(apt-get -o DPkg::Lock::Timeout=600 install -y)
 else
     format=rpm install=("$(command -v dnf || command -v yum)" install -y)
 fi
