@@ -56,9 +56,18 @@ pub enum Comparison {
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct Entry {
+    /// `None`: it is in both.
+    pub only: Option<PackageFormat>,
     pub owner: String,
     pub group: String,
     pub content: Content,
+}
+
+/// In the words of a recipe, `deb` and `rpm`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PackageFormat {
+    Deb,
+    Rpm,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -71,6 +80,8 @@ pub enum Content {
         config: bool,
         /// Compressed on its way into the package.
         gzip: bool,
+        /// The package is made without it where it isn't there: a document that only some builds have.
+        optional: bool,
     },
     Directory {
         mode: u16,
@@ -248,10 +259,11 @@ fn entry(item: &Item<'_>) -> Option<(String, Entry)> {
             let mode = map.optional_as("mode", mode).unwrap_or(0o644);
             let config = map.optional("config").and_then(|item| item.boolean()).unwrap_or(false);
             let gzip = map.optional("gzip").and_then(|item| item.boolean()).unwrap_or(false);
+            let optional = map.optional("optional").and_then(|item| item.boolean()).unwrap_or(false);
             if let Some(to) = to.as_deref().filter(|to| gzip && !to.ends_with(".gz")) {
                 map.fault_at("to", format!("{} must end in .gz, as it is compressed", shown(to)));
             }
-            from.map(|from| Content::File { from, mode, config, gzip })
+            from.map(|from| Content::File { from, mode, config, gzip, optional })
         }
         Some(("directory", directory)) => {
             if directory.boolean() == Some(false) {
@@ -262,10 +274,19 @@ fn entry(item: &Item<'_>) -> Option<(String, Entry)> {
         Some((_, target)) => target.parse(link_target).map(|target| Content::Link { target }),
         None => None,
     };
+    let only = map.optional_as("only", format);
     let owner = map.optional_as("owner", account).unwrap_or_else(|| "root".to_owned());
     let group = map.optional_as("group", account).unwrap_or_else(|| "root".to_owned());
     map.close();
-    Some((to?, Entry { owner, group, content: content? }))
+    Some((to?, Entry { only, owner, group, content: content? }))
+}
+
+fn format(text: &str) -> Result<PackageFormat, String> {
+    match text {
+        "deb" => Ok(PackageFormat::Deb),
+        "rpm" => Ok(PackageFormat::Rpm),
+        _ => Err(format!("must be deb or rpm, and is {}", shown(text))),
+    }
 }
 
 /// A name that Debian and RPM both allow (Debian policy, 5.6.1).
@@ -433,8 +454,8 @@ files:
 - {to: /usr/bin/onboarding-agent, from: onboarding-agent, mode: '0755'}
 - {to: /etc/onboarding-agent/agent.config.yaml, from: agent.config.yaml, mode: '0640', group: onboarding-agent, config: true}
 - {to: /var/lib/onboarding-agent, directory: true, mode: '0700', owner: onboarding-agent, group: onboarding-agent}
-- {to: /usr/share/link, link: target}
-- {to: /usr/share/man/man8/x.8.gz, from: x.8, gzip: true}
+- {to: /usr/share/link, link: target, only: rpm}
+- {to: /usr/share/man/man8/x.8.gz, from: x.8, gzip: true, optional: true}
 scripts:
   deb: {postinst: deb/postinst}
   rpm: {post: rpm/post}
@@ -451,8 +472,17 @@ scripts:
         assert_eq!(recipe.files.len(), 5);
         let config = &recipe.files["/etc/onboarding-agent/agent.config.yaml"];
         assert_eq!((config.owner.as_str(), config.group.as_str()), ("root", "onboarding-agent"));
-        let wanted = Content::File { from: "agent.config.yaml".to_owned(), mode: 0o640, config: true, gzip: false };
-        assert_eq!(config.content, wanted);
+        let wanted = Content::File {
+            from: "agent.config.yaml".to_owned(),
+            mode: 0o640,
+            config: true,
+            gzip: false,
+            optional: false,
+        };
+        assert_eq!((&config.content, config.only), (&wanted, None));
+        assert_eq!(recipe.files["/usr/share/link"].only, Some(PackageFormat::Rpm));
+        let page = Content::File { from: "x.8".to_owned(), mode: 0o644, config: false, gzip: true, optional: true };
+        assert_eq!(recipe.files["/usr/share/man/man8/x.8.gz"].content, page);
         assert_eq!(recipe.files["/var/lib/onboarding-agent"].content, Content::Directory { mode: 0o700 });
         assert_eq!(recipe.deb_scripts.postinst.as_deref(), Some("deb/postinst"));
     }
@@ -484,6 +514,8 @@ scripts:
             ("directory: true, mode", "directory: false, mode", "files[2].directory: must be true"),
             ("link: target", "target: x", "files[3]: must have one of from, directory, link"),
             ("link: target", "link: target, mode: '0644'", "files[3].mode: is unknown here"),
+            ("only: rpm", "only: apk", "files[3].only: must be deb or rpm, and is \"apk\""),
+            ("only: rpm", "optional: true", "files[3].optional: is unknown here"),
             ("man8/x.8.gz", "man8/x.8", "files[4].to: \"/usr/share/man/man8/x.8\" must end in .gz"),
             (
                 "/usr/share/link",

@@ -32,6 +32,9 @@ files:
 - {to: /var/lib/onboarding-agent, directory: true, mode: '0700', owner: onboarding-agent, group: onboarding-agent}
 - {to: /usr/share/onboarding-agent/link, link: ../../bin/onboarding-agent}
 - {to: /usr/share/man/man8/onboarding-agent.8.gz, from: agent.8, gzip: true}
+- {to: /usr/share/for-debian/agent, from: agent, only: deb}
+- {to: /usr/share/licenses/onboarding-agent/LICENSE, from: agent, only: rpm}
+- {to: /usr/share/doc/onboarding-agent/notes, from: notes-that-are-not-there, optional: true}
 - {to: /usr/share/onboarding-agent/a-directory-with-a-name-that-is-quite-long/and-another-one-below-it/so-that-no-header-holds-it, from: agent}
 scripts:
   deb: {postinst: postinst}
@@ -88,7 +91,7 @@ fn dpkg_reads_what_the_recipe_says() {
     assert_eq!(
         control,
         "Package: onboarding-agent\nVersion: 1.2.3~rc1-4\nArchitecture: amd64\nMaintainer: Onboarding <onboarding@example.org>\n\
-         Installed-Size: 7\nDepends: libc6 (>= 2.17), adduser\nRecommends: istio-sidecar\nConflicts: other\nSection: net\n\
+         Installed-Size: 8\nDepends: libc6 (>= 2.17), adduser\nRecommends: istio-sidecar\nConflicts: other\nSection: net\n\
          Priority: optional\nHomepage: https://example.org/\nDescription: joins a mesh\n First line.\n .\n Second paragraph.\n"
     );
     // Columns are as wide as the longest before them.
@@ -105,6 +108,8 @@ fn dpkg_reads_what_the_recipe_says() {
     ] {
         assert!(content.contains(line), "{line:?}\n{content}");
     }
+    assert!(content.contains("./usr/share/for-debian/agent\n"), "{content}");
+    assert!(!content.contains("/licenses/") && !content.contains("/notes"), "{content}");
     let unpacked = world.dir.path().join("unpacked");
     let status = Command::new("dpkg-deb").arg("-R").arg(&file).arg(&unpacked).status().unwrap();
     assert!(status.success());
@@ -152,6 +157,8 @@ fn rpm_reads_what_the_recipe_says() {
     assert_eq!(said("rpm", &["-qpc", "--nosignature"], &file), "/etc/onboarding-agent/agent.config.yaml\n");
     let flags = said("rpm", &["-qp", "--nosignature", "--qf", "[%{FILENAMES} %{FILEFLAGS:fflags}\n]"], &file);
     assert!(flags.contains("agent.config.yaml cn\n"), "config(noreplace): {flags}");
+    assert!(flags.contains("/usr/share/licenses/onboarding-agent/LICENSE l\n"), "{flags}");
+    assert!(!flags.contains("/for-debian") && !flags.contains("/notes"), "{flags}");
     let scripts = said("rpm", &["-qp", "--nosignature", "--scripts"], &file);
     assert!(scripts.contains("postinstall scriptlet (using /bin/sh):\nexit 0"), "{scripts}");
     assert!(said("rpm", &["-K", "--nosignature"], &file).contains("digests OK"));

@@ -1,6 +1,6 @@
 //! deb(5): `ar` of `debian-binary`, `control.tar.xz` and `data.tar.xz`.
 
-use super::{Error, Source, XZ};
+use super::{Error, Files, Source, XZ};
 use liblzma::write::XzEncoder;
 use md5::{Digest, Md5};
 use onboarding_kinds::recipe::{Content, Entry, Relations};
@@ -9,9 +9,9 @@ use std::fmt::Write as _;
 use std::io;
 use tar::{EntryType, Header};
 
-pub(super) fn pack(source: &Source<'_>) -> Result<Vec<u8>, Error> {
+pub(super) fn pack(source: &Source<'_>, files: &Files<'_>) -> Result<Vec<u8>, Error> {
     let mut archive = ar::Builder::new(Vec::new());
-    let (control, data) = (control(source)?, data(source)?);
+    let (control, data) = (control(source, files)?, data(source, files)?);
     for (name, content) in
         [("debian-binary", b"2.0\n".as_slice()), ("control.tar.xz", &control), ("data.tar.xz", &data)]
     {
@@ -23,13 +23,10 @@ pub(super) fn pack(source: &Source<'_>) -> Result<Vec<u8>, Error> {
     Ok(archive.into_inner()?)
 }
 
-fn control(source: &Source<'_>) -> io::Result<Vec<u8>> {
-    let mut members = vec![("control", 0o644, fields(source)), ("md5sums", 0o644, sums(source))];
-    let conffiles: String = source
-        .files
-        .iter()
-        .filter(|(_, (entry, _))| is_config(entry))
-        .fold(String::new(), |all, (path, _)| all + path + "\n");
+fn control(source: &Source<'_>, files: &Files<'_>) -> io::Result<Vec<u8>> {
+    let mut members = vec![("control", 0o644, fields(source, files)), ("md5sums", 0o644, sums(files))];
+    let conffiles: String =
+        files.iter().filter(|(_, (entry, _))| is_config(entry)).fold(String::new(), |all, (path, _)| all + path + "\n");
     if !conffiles.is_empty() {
         members.push(("conffiles", 0o644, conffiles));
     }
@@ -49,16 +46,16 @@ fn control(source: &Source<'_>) -> io::Result<Vec<u8>> {
     tar.into_inner()?.finish()
 }
 
-fn data(source: &Source<'_>) -> io::Result<Vec<u8>> {
+fn data(source: &Source<'_>, files: &Files<'_>) -> io::Result<Vec<u8>> {
     let mut tar = tar::Builder::new(XzEncoder::new(Vec::new(), XZ));
     let root = ("root", "root");
     append(&mut tar, source.time, "./", &Header::new_gnu(), EntryType::Directory, 0o755, root, b"")?;
     let mut made = BTreeSet::new();
-    for (path, (entry, content)) in &source.files {
+    for (path, (entry, content)) in files {
         // Every directory on the way belongs to the package too, as dpkg wants it.
         for (end, _) in path.match_indices('/').skip(1) {
             let parent = &path[..end];
-            if !source.files.contains_key(parent) && made.insert(parent) {
+            if !files.contains_key(parent) && made.insert(parent) {
                 let path = format!(".{parent}/");
                 append(&mut tar, source.time, &path, &Header::new_gnu(), EntryType::Directory, 0o755, root, b"")?;
             }
@@ -116,9 +113,9 @@ fn is_config(entry: &Entry) -> bool {
 }
 
 /// Configuration changes, so its sums aren't kept (as dh_md5sums does it).
-fn sums(source: &Source<'_>) -> String {
+fn sums(files: &Files<'_>) -> String {
     let mut sums = String::new();
-    for (path, (entry, content)) in &source.files {
+    for (path, (entry, content)) in files {
         if matches!(entry.content, Content::File { config: false, .. }) {
             let digest = Md5::digest(content);
             let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -128,11 +125,10 @@ fn sums(source: &Source<'_>) -> String {
     sums
 }
 
-fn fields(source: &Source<'_>) -> String {
+fn fields(source: &Source<'_>, files: &Files<'_>) -> String {
     let recipe = source.recipe;
     // Policy, 5.6.20: KiB, each file rounded up, one for everything else.
-    let size: u64 = source
-        .files
+    let size: u64 = files
         .values()
         .map(|(entry, content)| match entry.content {
             Content::File { .. } => (content.len() as u64).div_ceil(1024),

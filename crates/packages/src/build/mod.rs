@@ -6,7 +6,7 @@ mod rpm;
 
 use crate::name::{Architecture, Format};
 use flate2::{Compression, GzBuilder};
-use onboarding_kinds::recipe::{Content, Entry, Recipe};
+use onboarding_kinds::recipe::{Content, Entry, PackageFormat, Recipe};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -77,6 +77,9 @@ pub struct Places {
     pub folder: PathBuf,
 }
 
+/// What is in one format's package, by its path.
+type Files<'a> = BTreeMap<&'a str, (&'a Entry, &'a [u8])>;
+
 /// What a package holds, read.
 pub struct Source<'a> {
     recipe: &'a Recipe,
@@ -92,7 +95,7 @@ impl<'a> Source<'a> {
     /// Reads every file that the recipe names.
     ///
     /// # Errors
-    /// One isn't there, or is too large.
+    /// One isn't there and isn't optional, or is too large.
     pub fn read(
         recipe: &'a Recipe,
         places: &Places,
@@ -103,6 +106,7 @@ impl<'a> Source<'a> {
         let mut files = BTreeMap::new();
         for (to, entry) in &recipe.files {
             let content = match &entry.content {
+                Content::File { from, optional: true, .. } if places.find(from).is_none() => continue,
                 Content::File { from, gzip, .. } => {
                     let content = places.read(from, LARGEST_FILE)?.1;
                     if *gzip { compressed(&content)? } else { content }
@@ -139,20 +143,35 @@ impl<'a> Source<'a> {
     /// What is in the recipe doesn't fit into the format.
     pub fn pack(&self, format: Format) -> Result<Vec<u8>, Error> {
         match format {
-            Format::Deb => deb::pack(self),
-            Format::Rpm => rpm::pack(self),
+            Format::Deb => deb::pack(self, &self.files_but_of(PackageFormat::Rpm)),
+            Format::Rpm => rpm::pack(self, &self.files_but_of(PackageFormat::Deb)),
         }
+    }
+
+    fn files_but_of(&self, other: PackageFormat) -> Files<'_> {
+        let ours = self.files.iter().filter(|(_, (entry, _))| entry.only != Some(other));
+        ours.map(|(path, (entry, content))| (*path, (*entry, content.as_slice()))).collect()
     }
 }
 
 impl Places {
+    fn tried(&self, from: &str) -> [PathBuf; 2] {
+        [&self.root, &self.folder].map(|place| place.join(from))
+    }
+
+    fn find(&self, from: &str) -> Option<PathBuf> {
+        self.tried(from).into_iter().find(|path| path.is_file())
+    }
+
     fn read(&self, from: &str, most: u64) -> Result<(PathBuf, Vec<u8>), Error> {
-        let tried = [&self.root, &self.folder].map(|place| place.join(from));
-        let Some(path) = tried.iter().find(|path| path.is_file()) else {
-            return Err(Error::NoFile { path: from.to_owned(), tried });
+        let Some(path) = self.find(from) else {
+            return Err(Error::NoFile { path: from.to_owned(), tried: self.tried(from) });
         };
-        let content = read_at_most(path, most).map_err(|error| Error::Read(path.clone(), error))?;
-        content.map(|content| (path.clone(), content)).ok_or_else(|| Error::TooLarge { path: path.clone(), most })
+        match read_at_most(&path, most) {
+            Ok(Some(content)) => Ok((path, content)),
+            Ok(None) => Err(Error::TooLarge { path, most }),
+            Err(error) => Err(Error::Read(path, error)),
+        }
     }
 }
 

@@ -1,10 +1,10 @@
 //! RPM version 4 with an xz payload and SHA-256 of files, which rpm 4.11 (CentOS 7) and everything later reads.
 
-use super::{Error, Source, XZ};
+use super::{Error, Files, Source, XZ};
 use onboarding_kinds::recipe::{Comparison, Content, Relation};
 use rpm::{BuildConfig, CompressionWithLevel, Dependency, FileOptions, PackageBuilder, Scriptlet};
 
-pub(super) fn pack(source: &Source<'_>) -> Result<Vec<u8>, Error> {
+pub(super) fn pack(source: &Source<'_>, files: &Files<'_>) -> Result<Vec<u8>, Error> {
     let recipe = source.recipe;
     let architecture = source.architecture.of_rpm();
     let version = &source.version.upstream;
@@ -22,7 +22,7 @@ pub(super) fn pack(source: &Source<'_>) -> Result<Vec<u8>, Error> {
     if let Some(homepage) = &recipe.homepage {
         builder.url(homepage);
     }
-    for (path, (entry, content)) in &source.files {
+    for (path, (entry, content)) in files {
         let owned = |options: rpm::FileOptionsBuilder| options.user(&entry.owner).group(&entry.group);
         match &entry.content {
             Content::File { mode, config, .. } => {
@@ -33,7 +33,10 @@ pub(super) fn pack(source: &Source<'_>) -> Result<Vec<u8>, Error> {
                 if ["/usr/share/doc/", "/usr/share/man/"].iter().any(|docs| path.starts_with(docs)) {
                     options = options.doc();
                 }
-                builder.with_file_contents(content.clone(), options)?;
+                if path.starts_with("/usr/share/licenses/") {
+                    options = options.license();
+                }
+                builder.with_file_contents(content.to_vec(), options)?;
             }
             Content::Directory { mode } => {
                 builder.with_dir_entry(owned(FileOptions::dir(*path)).permissions(*mode))?;
