@@ -14,6 +14,7 @@ import uuid
 
 LICENCE_FILE = re.compile(r"^(licen[cs]e|copying|notice|unlicense)", re.IGNORECASE)
 PROJECT = "Workload Onboarding"
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def run(*command):
@@ -65,8 +66,9 @@ def go_modules(binary):
 class Licences:
     """What is in a package and under which licence, and then each distinct text once."""
 
-    def __init__(self):
+    def __init__(self, version):
         self.listed, self.holders = [], {}
+        self.add(f"{PROJECT} {version}", "Apache-2.0", "", ROOT)
 
     def add(self, name, licence, where, directory):
         self.listed.append(f"{name}: {licence or 'see below'}{where and ' ' + where}")
@@ -79,8 +81,10 @@ class Licences:
         return "\n\n".join(parts) + "\n"
 
 
-def bill(name, version, components):
-    """The bill of materials. Its serial number is made of its content."""
+def bill(name, version, components, unknown=()):
+    """The bill of materials; of those that are `unknown` it isn't known what they are made of. Its serial number is made of its content."""
+    if not components:
+        sys.exit(f"inventory.py: {name} is made of nothing?")
     body = {
         "bomFormat": "CycloneDX",
         "specVersion": "1.5",
@@ -93,11 +97,20 @@ def bill(name, version, components):
         "components": components,
         "dependencies": [{"ref": name, "dependsOn": [component["bom-ref"] for component in components]}],
     }
+    if unknown:
+        body["compositions"] = [{"aggregate": "unknown", "dependencies": list(unknown)}]
     body["serialNumber"] = uuid.uuid5(uuid.NAMESPACE_URL, json.dumps(body, sort_keys=True)).urn
     return json.dumps(body, indent=1, sort_keys=True) + "\n"
 
 
-def copyright_file(name, more):
+def copyright_file(name, more, others=()):
+    """`others`: the paths, the holders and the origin of what isn't this project's."""
+    stanzas = "".join(f"""
+Files: {files}
+Copyright: {holders}
+License: Apache-2.0
+Comment: {origin}
+""" for files, holders, origin in others)
     return f"""Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
 Upstream-Name: {name}
 Source: {PROJECT}
@@ -106,11 +119,12 @@ Files: *
 Copyright: 2026, the authors of {PROJECT}
 License: Apache-2.0
 Comment: {more}
-
+{stanzas}
 License: Apache-2.0
- Licensed under the Apache License, Version 2.0. On Debian its text is in
- /usr/share/common-licenses/Apache-2.0; elsewhere at
- https://www.apache.org/licenses/LICENSE-2.0
+ The text of the Apache License, Version 2.0, is in
+ third-party-licences.txt.gz beside this file, on Debian in
+ /usr/share/common-licenses/Apache-2.0 too, and where packages are RPMs in
+ /usr/share/licenses/{name}/LICENSE.
 """
 
 
@@ -125,7 +139,7 @@ def changelog(name, version):
 
 
 def agent(arguments):
-    components, licences = [], Licences()
+    components, licences = [], Licences(arguments.version)
     for package, checksum in crates(arguments.target):
         name, version = package["name"], package["version"]
         licence = (package["license"] or "").replace("/", " OR ")
@@ -138,21 +152,33 @@ def agent(arguments):
         components.append(component)
         licences.add(f"{name} {version}", licence, package["repository"] or "", pathlib.Path(package["manifest_path"]).parent)
     more = "the licences of the libraries that are linked in are in\n third-party-licences.txt.gz beside this file"
-    return "onboarding-agent", components, licences, more
+    return "onboarding-agent", copyright_file("onboarding-agent", more), licences, bill("onboarding-agent", arguments.version, components)
 
 
 def sidecar(arguments):
+    # What Envoy links is in none of its bytes: its sources say so, at this tag.
+    locations = f"https://github.com/envoyproxy/envoy/blob/v{arguments.envoy}/bazel/repository_locations.bzl"
     components = [{"type": "application", "name": "envoy", "version": arguments.envoy, "bom-ref": "envoy",
-                   "purl": f"pkg:github/envoyproxy/envoy@v{arguments.envoy}", "licenses": [{"license": {"id": "Apache-2.0"}}]}]
-    licences = Licences()
-    licences.add(f"Envoy {arguments.envoy}", "Apache-2.0", "https://github.com/envoyproxy/envoy", pathlib.Path("/nonexistent"))
+                   "purl": f"pkg:github/envoyproxy/envoy@v{arguments.envoy}", "licenses": [{"license": {"id": "Apache-2.0"}}],
+                   "description": f"The libraries that it links are not listed here; {locations} has them.",
+                   "externalReferences": [{"type": "bom", "url": locations}]}]
+    licences = Licences(arguments.version)
+    # The same licence as ours, to the letter.
+    licences.add(f"Envoy {arguments.envoy}", "Apache-2.0", "https://github.com/envoyproxy/envoy", ROOT)
     for path, version, directory in go_modules(arguments.pilot_agent):
         purl = f"pkg:golang/{path}@{version}"
         components.append({"type": "library", "name": path, "version": version, "purl": purl, "bom-ref": purl})
         licences.add(f"{path} {version}", "", "", directory)
-    more = ("Envoy, and pilot-agent of Istio, are the work of their authors; the\n licences of the modules that pilot-agent"
-            " is made of are in\n third-party-licences.txt.gz beside this file")
-    return "istio-sidecar", components, licences, more
+    more = "what puts the programs of others into a package"
+    others = [
+        ("usr/local/bin/envoy", "2016-2026, Envoy Project Authors",
+         f"https://github.com/envoyproxy/envoy, version {arguments.envoy}. The libraries that it\n links are not listed in this package: bazel/repository_locations.bzl of that\n version has them, with their licences."),
+        ("usr/local/bin/pilot-agent\n usr/local/bin/istio-start.sh\n usr/lib/systemd/system/istio.service\n var/lib/istio/envoy/*",
+         "2017-2026, Istio Authors",
+         "https://github.com/istio/istio. The modules that pilot-agent is made of, with\n their holders and licences, are in third-party-licences.txt.gz beside this file."),
+    ]
+    inventory = bill("istio-sidecar", arguments.version, components, unknown=["envoy"])
+    return "istio-sidecar", copyright_file("istio-sidecar", more, others), licences, inventory
 
 
 def main():
@@ -164,13 +190,11 @@ def main():
     parser.add_argument("--version", required=True)
     parser.add_argument("--into", required=True, type=pathlib.Path)
     arguments = parser.parse_args()
-    name, components, licences, more = {"agent": agent, "sidecar": sidecar}[arguments.what](arguments)
-    if not components:
-        sys.exit(f"inventory.py: {name} is made of nothing?")
+    name, copyrights, licences, inventory = {"agent": agent, "sidecar": sidecar}[arguments.what](arguments)
     for ending, text in [
-        ("cdx.json", bill(name, arguments.version, components)),
+        ("cdx.json", inventory),
         ("licences", str(licences)),
-        ("copyright", copyright_file(name, more)),
+        ("copyright", copyrights),
         ("changelog", changelog(name, arguments.version)),
     ]:
         (arguments.into / f"{name}.{ending}").write_text(text, encoding="utf-8")
