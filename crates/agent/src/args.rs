@@ -86,12 +86,15 @@ pub enum Command {
     },
     /// Print the lines of /etc/hosts that map the mesh's services to the egress listeners
     #[command(
-        after_help = "Examples:\n  onboarding-agent hosts\n  sudo onboarding-agent hosts --write\n\nWithout --write nothing is changed. With it the lines stand between # BEGIN onboarding-agent and\n# END onboarding-agent; everything else in the file stays as it is."
+        after_help = "Examples:\n  onboarding-agent hosts\n  sudo onboarding-agent hosts --write\n  sudo onboarding-agent hosts --remove\n\nWithout --write and --remove nothing is changed. With --write the lines stand between # BEGIN onboarding-agent and\n# END onboarding-agent; everything else in the file stays as it is."
     )]
     Hosts {
         /// Keep them in the file
         #[arg(long)]
         write: bool,
+        /// Take them out of the file; removing the package does it too
+        #[arg(long, conflicts_with = "write")]
+        remove: bool,
         #[arg(long, value_name = "FILE", default_value = "/etc/hosts")]
         hosts_file: PathBuf,
     },

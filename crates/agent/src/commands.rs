@@ -27,7 +27,8 @@ pub fn main() -> ExitCode {
     let result = match cli.command.unwrap_or(Command::Run) {
         Command::Run => runtime().and_then(|runtime| runtime.block_on(run(&cli.common))),
         Command::Check { output } => runtime().and_then(|runtime| runtime.block_on(check(&cli.common, output))),
-        Command::Hosts { write, hosts_file } => hosts(&cli.common, write, &hosts_file),
+        Command::Hosts { remove: true, hosts_file, .. } => unhosted(&hosts_file),
+        Command::Hosts { write, hosts_file, .. } => hosts(&cli.common, write, &hosts_file),
         Command::Status { output } => status(&cli.common, output),
         Command::Ready => runtime().and_then(|runtime| runtime.block_on(ready(&cli.common))),
         Command::Completions { shell } => {
@@ -118,6 +119,13 @@ fn hosts(common: &Common, write: bool, file: &Path) -> anyhow::Result<ExitCode> 
         let mut out = std::io::stdout().lock();
         lines.iter().try_for_each(|line| writeln!(out, "{line}"))?;
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Needs no boot configuration: the package is on its way out.
+fn unhosted(file: &Path) -> anyhow::Result<ExitCode> {
+    let what = if hosts::write(file, &[])? { "taken out of" } else { "not in" };
+    writeln!(std::io::stdout(), "lines of onboarding-agent are {what} {}", file.display())?;
     Ok(ExitCode::SUCCESS)
 }
 
