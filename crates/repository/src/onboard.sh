@@ -9,13 +9,15 @@
 # --revision REVISION     the sidecar of this revision of Istio
 # --keep-current          also makes the repository known to apt or dnf, signed: apt-get upgrade or dnf upgrade then keeps both current
 #
-# A CA that this machine doesn't trust yet: CURL_CA_BUNDLE=FILE sh onboard.sh ...
+# A CA that this machine doesn't trust yet: sudo CURL_CA_BUNDLE=FILE sh onboard.sh ...
+# With --group the agent trusts it too, from then on: it becomes /etc/onboarding-agent/root-certs.pem, unless there is one.
 # Run again, it installs the newest packages.
 set -eu
 
 REPOSITORY='https://@HOST@'
 ENDPOINT='@NAME@'
 CONFIG=/etc/onboarding-agent/onboarding.config.yaml
+ROOTS=/etc/onboarding-agent/root-certs.pem
 
 fail() {
     echo "onboard.sh: $*" >&2
@@ -60,8 +62,10 @@ install_packages() {
 }
 
 configure() {
-    umask 022
     mkdir -p "${CONFIG%/*}"
+    if [ -n "${CURL_CA_BUNDLE:-}" ] && [ ! -e "$ROOTS" ]; then
+        install -m 644 "$CURL_CA_BUNDLE" "$ROOTS"
+    fi
     cat >"$CONFIG.new" <<CONFIGURATION
 apiVersion: config.agent.onboarding.tetrate.io/v1alpha1
 kind: OnboardingConfiguration
@@ -85,10 +89,10 @@ keep_current() {
     if [ -n "$1" ]; then suite=istio-$1 base=istio-$1/; fi
     curl -fsSL -o "$work/onboarding.asc" "$REPOSITORY/install/onboarding.asc" ||
         fail "the repository is not signed: there is no $REPOSITORY/install/onboarding.asc"
-    mkdir -p /etc/pki/onboarding
     ca=''
     if [ -n "${CURL_CA_BUNDLE:-}" ]; then
         ca=/etc/pki/onboarding/ca.pem
+        mkdir -p /etc/pki/onboarding
         install -m 644 "$CURL_CA_BUNDLE" "$ca"
     fi
     case $format in
@@ -102,6 +106,7 @@ keep_current() {
                 >/etc/apt/sources.list.d/onboarding.list
             ;;
         rpm)
+            mkdir -p /etc/pki/onboarding /etc/yum.repos.d
             install -m 644 "$work/onboarding.asc" /etc/pki/onboarding/onboarding.asc
             cat >/etc/yum.repos.d/onboarding.repo <<REPOSITORY
 [onboarding]
@@ -119,6 +124,8 @@ REPOSITORY
 }
 
 main() {
+    # What it writes is for everybody to read, whatever root's own umask.
+    umask 022
     group='' sidecars='' revision='' current=''
     while [ $# -gt 0 ]; do
         if [ "$1" = --keep-current ]; then

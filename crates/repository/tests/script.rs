@@ -5,6 +5,7 @@
 mod support;
 
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::{Command, Output};
 use support::*;
 
@@ -14,6 +15,10 @@ fn setup() -> Repository {
     let repository = Repository::start(&[
         ("deb/amd64/onboarding-agent.deb", &agent),
         ("deb/amd64/istio-sidecar.deb", &sidecar),
+        ("rpm/amd64/onboarding-agent.rpm", &rpm(b"agent")),
+        ("rpm/amd64/istio-sidecar.rpm", &rpm(b"sidecar")),
+        ("rpm/arm64/onboarding-agent.rpm", &rpm(b"agent")),
+        ("rpm/arm64/istio-sidecar.rpm", &rpm(b"sidecar")),
         ("deb/arm64/onboarding-agent.deb", &agent),
         ("deb/arm64/istio-sidecar.deb", &sidecar),
         ("istio-sidecar/1-28/deb/amd64/istio-sidecar.deb", &deb(b"1.28")),
@@ -24,21 +29,59 @@ fn setup() -> Repository {
     std::fs::write(repository.work().join("onboard.sh"), script.stdout).unwrap();
     let commands = repository.work().join("bin");
     std::fs::create_dir(&commands).unwrap();
-    let packages =
-        "echo apt-get \"$1\" \"$2\"; shift 2; for file; do echo \"${file##*/}\" $(sha256sum <\"$file\"); done";
-    for (name, says) in [("apt-get", packages), ("systemctl", "echo systemctl \"$@\"")] {
-        let file = commands.join(name);
-        std::fs::write(&file, format!("#!/bin/sh\n{says}\n")).unwrap();
-        std::fs::set_permissions(file, PermissionsExt::from_mode(0o755)).unwrap();
-    }
+    stand_in(&commands, "apt-get", INSTALLS);
+    stand_in(&commands, "systemctl", "echo systemctl \"$@\"");
     repository
 }
 
-/// In a mount namespace where /etc is empty; what is in /etc/onboarding-agent afterwards is printed.
+/// Says its name, its first two arguments, and the digests of the files after them.
+const INSTALLS: &str =
+    "echo \"${0##*/}\" \"$1\" \"$2\"; shift 2; for file; do echo \"${file##*/}\" $(sha256sum <\"$file\"); done";
+
+fn stand_in(commands: &Path, name: &str, does: &str) {
+    let file = commands.join(name);
+    std::fs::write(&file, format!("#!/bin/sh\n{does}\n")).unwrap();
+    std::fs::set_permissions(file, PermissionsExt::from_mode(0o755)).unwrap();
+}
+
+/// In the place of apt-get this package manager, and of the machine's own programs those that the script needs and no more.
+fn of_red_hat(repository: &Repository, manager: &str) {
+    let commands = repository.work().join("bin");
+    std::fs::remove_file(commands.join("apt-get")).unwrap();
+    stand_in(&commands, manager, INSTALLS);
+    for tool in [
+        "sh",
+        "curl",
+        "cut",
+        "cat",
+        "chmod",
+        "cmp",
+        "cp",
+        "id",
+        "install",
+        "mkdir",
+        "mktemp",
+        "mv",
+        "rm",
+        "sha256sum",
+        "stat",
+        "uname",
+    ] {
+        let path = Command::new("sh").args(["-c", &format!("command -v {tool}")]).output().unwrap();
+        let path = String::from_utf8(path.stdout).unwrap();
+        std::os::unix::fs::symlink(path.trim(), commands.join(tool)).unwrap();
+    }
+}
+
+/// In a mount namespace where /etc is empty, as a root who lets nobody read; what is in /etc/onboarding-agent afterwards is printed.
 fn run(repository: &Repository, arguments: &str) -> Output {
+    run_with(repository, "$PWD/bin:$PATH", arguments)
+}
+
+fn run_with(repository: &Repository, path: &str, arguments: &str) -> Output {
     let script = format!(
-        "mount -t tmpfs tmpfs /etc && PATH=$PWD/bin:$PATH && sh onboard.sh {arguments} && cd / && \
-         for file in /etc/onboarding-agent/*; do [ -e \"$file\" ] && echo \"== $file\" && cat \"$file\"; done; exit"
+        "mount -t tmpfs -o mode=755 tmpfs /etc && PATH={path} && umask 077 && sh onboard.sh {arguments} && cd / && \
+         for file in /etc/onboarding-agent/*; do [ -e \"$file\" ] && echo \"== $file $(stat -c %a \"$file\")\" && cat \"$file\"; done; exit"
     );
     let mut unshare = Command::new("unshare");
     unshare.args(["--mount", "--user", "--map-root-user", "sh", "-c", &script]);
@@ -59,7 +102,7 @@ fn it_installs_both_and_joins_the_group() {
         &format!("onboarding-agent.deb {} -", sha256(&deb(b"agent"))),
         "systemctl enable onboarding-agent",
         "systemctl restart onboarding-agent",
-        "== /etc/onboarding-agent/onboarding.config.yaml",
+        "== /etc/onboarding-agent/onboarding.config.yaml 644",
         "  host: \"127.0.0.1\"",
         "  namespace: \"bookinfo\"",
         "  name: \"ratings\"",
@@ -67,6 +110,58 @@ fn it_installs_both_and_joins_the_group() {
         assert!(said.lines().any(|said| said == line), "{line:?} is not in {output:?}");
     }
     assert!(repository.log().contains("/install/sha256/"), "by content");
+    // The CA that curl was told of is the agent's too.
+    let ca = std::fs::read_to_string(repository.dir.path().join("ca.pem")).unwrap();
+    assert!(said.contains(&format!("== /etc/onboarding-agent/root-certs.pem 644\n{ca}")), "{output:?}");
+    let own = "--group bookinfo/ratings";
+    let path =
+        "$PWD/bin:$PATH && mkdir -m 755 /etc/onboarding-agent && echo mine >/etc/onboarding-agent/root-certs.pem";
+    let said = run_with(&repository, path, own);
+    assert!(
+        String::from_utf8_lossy(&said.stdout).contains("/root-certs.pem 644\nmine\n"),
+        "what is there stays: {said:?}"
+    );
+}
+
+#[test]
+fn where_there_is_no_apt_it_installs_by_dnf_or_by_yum() {
+    for manager in ["dnf", "yum"] {
+        let repository = setup();
+        put(&repository.packages(), "onboarding.asc", b"key");
+        of_red_hat(&repository, manager);
+        let arguments = "--group bookinfo/ratings --keep-current && cat /etc/yum.repos.d/onboarding.repo \
+            && stat -c '%a %n' /etc/pki/onboarding/* /etc/yum.repos.d/*";
+        let output = run_with(&repository, "$PWD/bin", arguments);
+        let said = String::from_utf8_lossy(&output.stdout);
+        for line in [
+            "onboarding-agent.rpm: OK",
+            &format!("{manager} install -y"),
+            &format!("istio-sidecar.rpm {} -", sha256(&rpm(b"sidecar"))),
+            &format!("onboarding-agent.rpm {} -", sha256(&rpm(b"agent"))),
+            "systemctl restart onboarding-agent",
+            "[onboarding]",
+            &format!("baseurl={}", repository.local("/install/yum/$basearch")),
+            "gpgcheck=1",
+            "repo_gpgcheck=1",
+            "gpgkey=file:///etc/pki/onboarding/onboarding.asc",
+            "sslcacert=/etc/pki/onboarding/ca.pem",
+            "644 /etc/pki/onboarding/ca.pem",
+            "644 /etc/pki/onboarding/onboarding.asc",
+            "644 /etc/yum.repos.d/onboarding.repo",
+        ] {
+            assert!(said.lines().any(|said| said == line), "{manager}: {line:?} is not in {output:?}");
+        }
+    }
+}
+
+#[test]
+fn where_there_is_no_package_manager_it_says_what_to_do() {
+    let repository = setup();
+    of_red_hat(&repository, "dnf");
+    std::fs::remove_file(repository.work().join("bin/dnf")).unwrap();
+    let output = run_with(&repository, "$PWD/bin", "--group bookinfo/ratings");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("there is no apt-get, dnf or yum"), "{output:?}");
 }
 
 #[test]
