@@ -8,8 +8,8 @@ use cap_std::ambient_authority;
 use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt};
 use nix::fcntl::OFlag;
 use onboarding_packages::archive;
-use onboarding_packages::index::Published;
-use onboarding_packages::name::{Format, Package, Product, Revision};
+use onboarding_packages::index::{self, Published};
+use onboarding_packages::name::{Architecture, Format, Package, Product, Revision};
 use rustix::io::{ReadWriteFlags, preadv2};
 use std::collections::{BTreeSet, HashMap};
 use std::fs::{File, Metadata};
@@ -144,6 +144,8 @@ pub struct Inventory {
     pub whole: Vec<(Package, Arc<Version>)>,
     /// Files with the name of a package that can't be served.
     pub faulty: Vec<(Package, Absent)>,
+    /// What clients of the signed repository begin with: its key, and the index of each suite. Paths below the root.
+    pub signed: Vec<String>,
 }
 
 /// The packages of one directory.
@@ -220,6 +222,7 @@ impl Catalog {
     pub async fn inventory(&self) -> io::Result<Inventory> {
         let directory = self.directory.clone();
         let revisions = blocking(move || revisions(&directory)).await?;
+        let signed = beginnings(&revisions);
         let sidecars = revisions.into_iter().map(|revision| Product::Sidecar(Some(revision)));
         let mut packages = Vec::new();
         for product in [Product::Agent, Product::Sidecar(None)].into_iter().chain(sidecars) {
@@ -233,6 +236,9 @@ impl Catalog {
                 Err(fault) => inventory.faulty.push((package.clone(), fault)),
             }
         }
+        let directory = self.directory.clone();
+        let there = move || Ok(signed.into_iter().filter(|path| open(&directory, path).is_ok()).collect());
+        inventory.signed = blocking::<_, io::Error>(there).await?;
         let now = Instant::now();
         self.lock().values_mut().for_each(|versions| forget(versions, now));
         Ok(inventory)
@@ -326,6 +332,18 @@ fn revisions(directory: &Path) -> io::Result<BTreeSet<Revision>> {
     };
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     Ok(names.filter_map(|name| Revision::parse(&name)).take(MOST_REVISIONS).collect())
+}
+
+/// Of the signed repository, where everything of it is there.
+fn beginnings(revisions: &BTreeSet<Revision>) -> Vec<String> {
+    let mut paths = vec![index::KEY.to_owned()];
+    for revision in [None].into_iter().chain(revisions.iter().map(Some)) {
+        let suite = index::suite(revision);
+        paths.push(format!("{}/InRelease", index::of_suite(&suite)));
+        let yum = |architecture| format!("{}/repodata/repomd.xml", index::of_yum(&suite, architecture));
+        paths.extend(Architecture::ALL.map(yum));
+    }
+    paths
 }
 
 async fn blocking<T: Send + 'static, E: From<Stopped> + Send + 'static>(

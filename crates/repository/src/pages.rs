@@ -14,13 +14,16 @@ const MOST_NAMED: usize = 100;
 pub(crate) fn listing(inventory: &Inventory, path: &str) -> Option<String> {
     // The name of an entry to its row: a directory's name ends in `/`.
     let mut rows = BTreeMap::new();
+    let plain = |name: &str| format!("<tr><td><a href=\"{name}\">{name}</a></td></tr>");
+    for rest in inventory.signed.iter().filter_map(|uri| uri.strip_prefix(path)) {
+        let name = rest.split_inclusive('/').next().unwrap_or(rest);
+        rows.insert(name.to_owned(), plain(name));
+    }
     for (package, version) in &inventory.whole {
         let uri = package.to_string();
         let Some(rest) = uri.strip_prefix(path) else { continue };
         let row = match rest.split_once('/') {
-            Some((directory, _)) => {
-                (format!("{directory}/"), format!("<tr><td><a href=\"{directory}/\">{directory}/</a></td></tr>"))
-            }
+            Some((directory, _)) => (format!("{directory}/"), plain(&format!("{directory}/"))),
             None => {
                 let (length, digest) = (version.length(), &version.digest);
                 let held = by_content(digest, package);
@@ -71,6 +74,12 @@ pub(crate) fn not_found(inventory: &Inventory, why: Option<&str>) -> String {
     }
     if inventory.whole.len() > MOST_NAMED {
         let _ = writeln!(text, "and more: {ROOT} lists all");
+    }
+    if !inventory.signed.is_empty() {
+        text.push_str("Signed, for apt and dnf, the key and what they begin with:\n");
+        for path in inventory.signed.iter().take(MOST_NAMED) {
+            let _ = writeln!(text, "{ROOT}{path}");
+        }
     }
     text
 }
