@@ -42,6 +42,10 @@ impl World {
 
     /// Builds it, with this many bytes that can't be compressed, and publishes.
     fn publish(&self, name: &str, revision: Option<&str>, version: &str, bytes: usize) -> Outcome {
+        self.publish_by(&self.key, name, revision, version, bytes)
+    }
+
+    fn publish_by(&self, key: &SigningKey, name: &str, revision: Option<&str>, version: &str, bytes: usize) -> Outcome {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("content"), noise(bytes, version.len() as u64 + bytes as u64)).unwrap();
         let recipe = recipe::read("r", &format!("name: {name}{}", RECIPE.replace("NAME", name))).unwrap();
@@ -55,7 +59,7 @@ impl World {
         });
         let library = Library::open(&self.repository.packages()).unwrap();
         library.put(&packages).unwrap();
-        published::publish(&library, &self.key, now()).unwrap()
+        published::publish(&library, key, now()).unwrap()
     }
 
     /// The only file below `directory` whose path ends so.
@@ -101,6 +105,10 @@ struct Apt<'a> {
 
 impl<'a> Apt<'a> {
     fn new(world: &'a World, suite: &str, installed: Option<&str>) -> Self {
+        Self::with_key(world, suite, installed, &world.repository.packages().join("onboarding.asc"))
+    }
+
+    fn with_key(world: &'a World, suite: &str, installed: Option<&str>, key: &Path) -> Self {
         let root = tempfile::tempdir().unwrap();
         let at = |path: &str| root.path().join(path);
         for directory in [
@@ -119,7 +127,6 @@ impl<'a> Apt<'a> {
             format!("Package: onboarding-agent\nStatus: install ok installed\nVersion: {version}\nArchitecture: amd64\nMaintainer: x\nDescription: x\n\n")
         });
         fs::write(at("var/lib/dpkg/status"), status.unwrap_or_default()).unwrap();
-        let key = world.repository.packages().join("onboarding.asc");
         let source =
             format!("deb [signed-by={}] {} {suite} main\n", key.display(), world.repository.local("/install/apt"));
         fs::write(at("etc/apt/sources.list"), source).unwrap();
@@ -208,6 +215,38 @@ fn apt_installs_upgrades_and_resumes_and_refuses_what_was_tampered_with() {
     machine.works(&["download", "onboarding-agent"]);
 }
 
+/// Whoever holds the repository, and not the key: everything in it fits together, and is signed by another.
+#[test]
+fn what_another_key_signed_is_refused_by_apt_and_dnf() {
+    let world = World::new();
+    world.publish("onboarding-agent", None, "1.0.0", 1000);
+    let packages = world.repository.packages();
+    let known = world.repository.dir.path().join("known.asc");
+    fs::copy(packages.join("onboarding.asc"), &known).unwrap();
+    let apt = Apt::with_key(&world, "stable", Some("1.0.0"), &known);
+    let dnf = Dnf::with_key(&world, &format!("file://{}", known.display()));
+    apt.works(&["update"]);
+    dnf.works(&["install", "onboarding-agent"]);
+    let keys = tempfile::tempdir().unwrap();
+    assert!(rpmkeys(keys.path(), &["--import"], &known).status.success());
+    let package = packages.join("rpm/amd64/onboarding-agent.rpm");
+    assert!(rpmkeys(keys.path(), &["-K"], &package).status.success(), "what its own key signed");
+
+    let (other, _) =
+        SigningKey::load_or_make(&world.repository.dir.path().join("other.asc"), &packages, now()).unwrap();
+    world.publish_by(&other, "onboarding-agent", None, "1.0.1", 2000);
+    assert!(fs::read(packages.join("onboarding.asc")).unwrap() != fs::read(&known).unwrap());
+    assert_eq!(published::verify(&packages).unwrap(), Vec::<String>::new(), "nothing is broken");
+    apt.refuses(&["update"], "NO_PUBKEY");
+    assert!(!apt.works(&["--simulate", "upgrade"]).contains("1.0.1"));
+    dnf.refuses(&["install", "onboarding-agent-1.0.1"], "repomd.xml GPG signature verification error");
+    assert_eq!(dnf.installed(), "onboarding-agent-1.0.0-1.x86_64");
+
+    // The package alone, for whoever downloads it by its own URI.
+    let checked = rpmkeys(keys.path(), &["-K", "-v"], &package);
+    assert!(!checked.status.success() && all(&checked).contains("NOKEY"), "{checked:?}");
+}
+
 #[test]
 fn each_revision_is_a_suite_with_the_agent_and_its_own_sidecar() {
     let world = World::new();
@@ -240,15 +279,17 @@ struct Dnf<'a> {
 
 impl<'a> Dnf<'a> {
     fn new(world: &'a World) -> Self {
+        Self::with_key(world, &world.repository.local("/install/onboarding.asc"))
+    }
+
+    fn with_key(world: &'a World, key: &str) -> Self {
         let root = tempfile::tempdir().unwrap();
         for directory in ["repos", "log"] {
             fs::create_dir_all(root.path().join(directory)).unwrap();
         }
-        let local = |path: &str| world.repository.local(path);
         let repository = format!(
-            "[onboarding]\nname=x\nbaseurl={}\nenabled=1\ngpgcheck=1\nrepo_gpgcheck=1\ngpgkey={}\nsslcacert={}\nretries=1\n",
-            local("/install/yum/x86_64"),
-            local("/install/onboarding.asc"),
+            "[onboarding]\nname=x\nbaseurl={}\nenabled=1\ngpgcheck=1\nrepo_gpgcheck=1\ngpgkey={key}\nsslcacert={}\nretries=1\n",
+            world.repository.local("/install/yum/x86_64"),
             world.repository.dir.path().join("ca.pem").display()
         );
         fs::write(root.path().join("repos/onboarding.repo"), repository).unwrap();
@@ -288,6 +329,12 @@ impl<'a> Dnf<'a> {
     }
 }
 
+/// With a database of keys of its own.
+fn rpmkeys(keys: &Path, arguments: &[&str], path: &Path) -> Output {
+    let mut rpmkeys = Command::new("rpmkeys");
+    rpmkeys.arg("--dbpath").arg(keys).args(arguments).arg(path).env("LC_ALL", "C").output().unwrap()
+}
+
 #[test]
 fn dnf_installs_and_upgrades_and_refuses_what_was_tampered_with() {
     let world = World::new();
@@ -301,16 +348,7 @@ fn dnf_installs_and_upgrades_and_refuses_what_was_tampered_with() {
 
     // The signature in the package itself, for whoever downloads it by its own URI.
     let keys = dnf.root.path().join("keys");
-    let rpm = |arguments: &[&str], path: &Path| {
-        Command::new("rpmkeys")
-            .arg("--dbpath")
-            .arg(&keys)
-            .args(arguments)
-            .arg(path)
-            .env("LC_ALL", "C")
-            .output()
-            .unwrap()
-    };
+    let rpm = |arguments: &[&str], path: &Path| rpmkeys(&keys, arguments, path);
     let package = world.repository.packages().join("rpm/amd64/onboarding-agent.rpm");
     assert!(all(&rpm(&["-K", "-v"], &package)).contains("NOKEY"));
     assert!(rpm(&["--import"], &world.repository.packages().join("onboarding.asc")).status.success());
@@ -327,6 +365,45 @@ fn dnf_installs_and_upgrades_and_refuses_what_was_tampered_with() {
     tamper(&world.repository.packages().join("yum/x86_64/repodata/repomd.xml"));
     let next = Dnf::new(&world);
     next.refuses(&["install", "onboarding-agent"], "Error: Failed to download metadata");
+}
+
+#[test]
+fn people_find_the_signed_repository_in_the_pages() {
+    let world = World::new();
+    let get = |path: &str| world.repository.get(&format!("/install/{path}"), &[]);
+    assert!(!get("").text().contains("apt/") && get("apt/").status == "404", "nothing is signed yet");
+    world.publish("onboarding-agent", None, "1.0.0", 1000);
+    world.publish("istio-sidecar", Some("1-28"), "1.28.2", 3000);
+    for (path, links) in [
+        ("", vec!["deb/", "apt/", "yum/", "onboarding.asc"]),
+        ("apt/", vec!["dists/"]),
+        ("apt/dists/", vec!["stable/", "istio-1-28/"]),
+        ("apt/dists/stable/", vec!["InRelease"]),
+        ("yum/", vec!["x86_64/", "istio-1-28/"]),
+        ("yum/istio-1-28/x86_64/repodata/", vec!["repomd.xml"]),
+    ] {
+        let page = get(path);
+        assert_eq!(page.status, "200", "{path}: {}", page.text());
+        for link in links {
+            assert!(page.text().contains(&format!("<a href=\"{link}\">{link}</a>")), "{path}: {link}: {}", page.text());
+            // It leads somewhere.
+            assert_eq!(get(&format!("{path}{link}")).status, "200", "{path}{link}");
+        }
+    }
+    for path in
+        ["apt/dists/istio-1-29/InRelease", "yum/istio-1-29/x86_64/repodata/repomd.xml", "apt/nonsense", "apt/pool/"]
+    {
+        let answer = get(path);
+        assert_eq!(answer.status, "404", "{path}");
+        for there in [
+            "onboarding.asc",
+            "apt/dists/stable/InRelease",
+            "apt/dists/istio-1-28/InRelease",
+            "yum/istio-1-28/x86_64/repodata/repomd.xml",
+        ] {
+            assert!(answer.text().contains(&format!("\n/install/{there}\n")), "{path}: {}", answer.text());
+        }
+    }
 }
 
 /// Clients of an index, and the machine that signs while they ask.
