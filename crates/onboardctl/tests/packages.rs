@@ -159,6 +159,51 @@ fn what_is_imported_is_what_it_says_itself_or_refused() {
     on(&dir, &["import", "a", "--signing-key", &below]).is(1).complains("lies in the directory of packages");
 }
 
+/// Packages of other makers' tools, however those compress.
+#[test]
+fn what_dpkg_and_rpmbuild_made_is_imported_but_a_deb_in_zstd() {
+    let dir = world();
+    let made = |command: &mut Command| {
+        let output = command.current_dir(dir.path("")).env("HOME", dir.path("")).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+    };
+    dir.write(
+        "tree/DEBIAN/control",
+        "Package: istio-sidecar\nVersion: 1.28.2\nArchitecture: amd64\nMaintainer: x <x@example.org>\nDescription: x\n",
+    );
+    dir.write("tree/usr/local/bin/envoy", b"\x7fELF");
+    for compression in ["gzip", "xz", "none"] {
+        made(Command::new("dpkg-deb").arg(format!("-Z{compression}")).args(["-b", "tree", "made.deb"]));
+        on(&dir, &["import", "made.deb"]).is(0);
+        on(&dir, &["verify"]).is(0).silent();
+        let imported = std::fs::read(dir.path("packages/deb/amd64/istio-sidecar.deb")).unwrap();
+        assert!(imported == std::fs::read(dir.path("made.deb")).unwrap(), "{compression}");
+    }
+    made(Command::new("dpkg-deb").args(["-Zzstd", "-b", "tree", "made.deb"]));
+    on(&dir, &["import", "made.deb"])
+        .is(1)
+        .complains("compressed in a way that old systems and this program don't read");
+
+    dir.write(
+        "spec",
+        "Name: istio-sidecar\nVersion: 1.28.2\nRelease: 1\nSummary: x\nLicense: x\n%description\nx\n\
+         %install\nmkdir -p %{buildroot}/usr/local/bin\necho envoy > %{buildroot}/usr/local/bin/envoy\n%files\n/usr/local/bin/envoy\n",
+    );
+    for payload in ["w6.gzdio", "w6.xzdio", "w3.zstdio", "w.ufdio"] {
+        let mut rpmbuild = Command::new("rpmbuild");
+        rpmbuild.args(["-bb", "--target", "x86_64", "--define", &format!("_binary_payload {payload}")]);
+        rpmbuild.arg("--define").arg(format!("_topdir {}", dir.path("rpmbuild").display()));
+        made(rpmbuild.arg("spec"));
+        let package = "rpmbuild/RPMS/x86_64/istio-sidecar-1.28.2-1.x86_64.rpm";
+        on(&dir, &["import", package]).is(0).complains("signed rpm/amd64/istio-sidecar.rpm");
+        on(&dir, &["verify"]).is(0).silent();
+        let mut checked = Command::new("rpm");
+        let file = dir.path("packages/rpm/amd64/istio-sidecar.rpm");
+        let checked = checked.args(["-K", "--nosignature"]).arg(file).output().unwrap();
+        assert!(String::from_utf8_lossy(&checked.stdout).contains("digests OK"), "{payload}: {checked:?}");
+    }
+}
+
 #[test]
 fn a_recipe_with_faults_builds_nothing_and_says_each() {
     let dir = world();
