@@ -33,8 +33,8 @@ WantedBy=multi-user.target
 
 impl Guest {
     /// A machine of the company: it trusts the company's CA, its DNS knows the endpoint, its application listens on 127.0.0.1:8080 and :80.
-    /// Off; see [`Self::boot`].
-    pub fn new(world: &World, name: &str, host: u8, subject: &str) -> anyhow::Result<Self> {
+    /// Off; see [`Self::boot`]. `image`: which of `dev/vm`'s, `bookworm` or `dnf`.
+    pub fn new(world: &World, image: &str, name: &str, host: u8, subject: &str) -> anyhow::Result<Self> {
         let machine = world.lab().machine(name, host)?;
         let folder = machine.directory().to_owned();
         for part in ["upper", "work", "root"] {
@@ -44,7 +44,7 @@ impl Guest {
         }
         let layers = format!(
             "lowerdir={},upperdir={},workdir={}",
-            debian("bookworm")?.display(),
+            debian(image)?.display(),
             folder.join("upper").display(),
             folder.join("work").display()
         );
@@ -83,6 +83,12 @@ impl Guest {
     pub fn read(&self, path: &str) -> anyhow::Result<String> {
         let file = self.root.join(path);
         std::fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))
+    }
+
+    /// From here into the machine; `path` without a leading `/`.
+    pub fn copy(&self, from: &Path, path: &str) -> anyhow::Result<()> {
+        std::fs::copy(from, self.root.join(path)).with_context(|| format!("copying {}", from.display()))?;
+        Ok(())
     }
 
     /// Switches it on, and waits until systemd has started everything.
@@ -139,18 +145,27 @@ impl Guest {
         Ok(ended.stdout)
     }
 
-    /// Every file with its kind, mode and owner; without what programs of Debian write as they go.
+    /// Every file with its kind, mode and owner, and in /etc with its content; without what programs of Debian write as they go.
     pub fn files(&self) -> anyhow::Result<BTreeMap<String, String>> {
         let list = self.sh(
             r"find / -xdev \( -path /proc -o -path /sys -o -path /dev -o -path /run -o -path /tmp -o -path /var/tmp -o -path /var/cache \
-                -o -path /var/lib/dpkg -o -path /var/lib/apt -o -path /var/log/journal -o -path /var/log/apt -o -path /root \
-                -o -path /var/lib/systemd -o -name '*.log' -o -path '/etc/*-' \) -prune -o -printf '%p\t%y %m %u:%g\n'",
+                -o -path /var/lib/dpkg -o -path /var/lib/apt -o -path /var/lib/dnf -o -path /var/log/journal -o -path /var/log/apt -o -path /root \
+                -o -path /var/lib/systemd -o -name '*.log' -o -path '/etc/*-' \) -prune -o -printf '%p\t%y %m %u:%g %l\n'",
         )?;
-        Ok(list
+        let mut files: BTreeMap<String, String> = list
             .lines()
             .filter_map(|line| line.split_once('\t'))
-            .map(|(path, is)| (path.to_owned(), is.to_owned()))
-            .collect())
+            .map(|(path, is)| (path.to_owned(), is.trim_end().to_owned()))
+            .collect();
+        // Users stay, and are in files; the linker's cache is written anew by Debian.
+        let sums = self.sh(
+            r"find /etc -xdev -type f ! -name '*-' ! -name passwd ! -name shadow ! -name group ! -name gshadow ! -name subuid ! -name subgid \
+                ! -name ld.so.cache -exec sha256sum {} +",
+        )?;
+        for (sum, path) in sums.lines().filter_map(|line| line.split_once("  ")) {
+            files.entry(path.to_owned()).or_default().push_str(sum);
+        }
+        Ok(files)
     }
 
     /// For the message of a failed scenario.

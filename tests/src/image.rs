@@ -38,12 +38,12 @@ pub fn can_run() -> anyhow::Result<bool> {
     Ok(false)
 }
 
-/// Builds them of this workspace's binaries, in their debug form; gives where the archives are.
-pub fn build(to: &Path, names: &[&str]) -> anyhow::Result<Vec<PathBuf>> {
+/// Builds them of this workspace's binaries, in their debug form, the repository's with these packages; gives where the archives are.
+pub fn build(to: &Path, packages: &Path, names: &[&str]) -> anyhow::Result<Vec<PathBuf>> {
     let binaries = crate::world::binary("onboarding-plane")?;
     let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../dev/images"));
     command.arg("--binaries").arg(binaries.parent().context("the folder of binaries")?);
-    command.arg("--envoy").arg(crate::world::envoy()?).arg("-o").arg(to).args(names);
+    command.arg("--envoy").arg(crate::world::envoy()?).arg("--packages").arg(packages).arg("-o").arg(to).args(names);
     let said = process::output(command, WITHIN)?;
     let archives: Vec<PathBuf> = said.lines().map(PathBuf::from).collect();
     ensure!(archives.len() == names.len(), "dev/images said:\n{said}");

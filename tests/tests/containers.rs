@@ -17,6 +17,7 @@ const SCENARIOS: &[Scenario] = &[
     ("an_ecs_task_joins_by_its_role_and_is_called", task_joins),
     ("an_ecs_task_is_refused_with_the_fact_that_is_only_claimed", task_is_refused),
     ("the_images_are_what_they_say_and_the_same_each_time", images),
+    ("the_repository_serves_the_packages_of_its_image_and_the_operator_starts", repository),
     ("plane_and_agent_run_from_their_images_as_ecs_runs_them", containers),
 ];
 
@@ -127,11 +128,73 @@ fn images(world: &mut World) -> anyhow::Result<()> {
         ensure!(!image.path("bin").exists() && !image.path("usr/bin").exists(), "{name}: programs of others");
     }
     let directory = world.lab().directory().join("again");
-    let again = image::build(&directory, &NAMES[2..3])?;
+    let again = image::build(&directory, &packages(world)?, &NAMES[2..3])?;
     let again = Image::unpack("again", &again[0], &directory)?;
     let first = images.iter().find(|image| image.name == NAMES[2]).context("no repository")?;
     ensure!(again.digest == first.digest, "{} became {}", first.digest, again.digest);
     Ok(())
+}
+
+fn repository(world: &mut World) -> anyhow::Result<()> {
+    if !image::can_run()? {
+        return Ok(());
+    }
+    let images = unpacked(world)?;
+    let image = |name: &str| images.iter().find(|image| image.name == name).context("no such image");
+    let help = process::run(
+        image("onboarding-operator")?.command(&world.cloud, &[], &[], &["--help"])?,
+        Duration::from_secs(20),
+    )?;
+    ensure!(help.status.success() && help.stdout.contains("Usage: onboarding-operator"), "{help:?}");
+
+    let tls = world.lab().directory().join("repository-tls");
+    std::fs::create_dir_all(&tls)?;
+    let (certificate, key) = world.issue_endpoint_certificate()?;
+    std::fs::write(tls.join("tls.crt"), certificate)?;
+    std::fs::write(tls.join("tls.key"), key)?;
+    process::output(own(&tls), Duration::from_secs(10))?;
+    let machine = world.lab().machine("repo", 26)?;
+    let volumes: [(&Path, &str); 1] = [(&tls, "/etc/onboarding-repository/tls")];
+    // Its packages are where it looks for them by itself.
+    let arguments = ["--certificate-directory", "/etc/onboarding-repository/tls", "--listen", "0.0.0.0:8443"];
+    let command = image("onboarding-repository")?.command(&machine, &volumes, &[], &arguments)?;
+    let server = Process::start("repository (container)", command, Some(&machine.directory().join("repository.log")))?;
+    let resolve = format!("{ENDPOINT}:8443:{}", machine.address());
+    let ca = world.ca_file();
+    let script = format!(
+        "cd {} && curl -fsSO --resolve {resolve} --cacert {ca} {url} && curl -fsSO --resolve {resolve} --cacert {ca} {url}.sha256 \
+            && sha256sum --check onboarding-agent.deb.sha256",
+        machine.directory().display(),
+        ca = ca.display(),
+        url = format_args!("https://{ENDPOINT}:8443/install/deb/amd64/onboarding-agent.deb"),
+    );
+    let said = until("it serves", Duration::from_secs(20), || world.cloud.check("sh", ["-c", &script]))?;
+    ensure!(said.contains("onboarding-agent.deb: OK"), "{said}");
+    let (got, put) =
+        (machine.directory().join("onboarding-agent.deb"), packages(world)?.join("deb/amd64/onboarding-agent.deb"));
+    ensure!(std::fs::read(got)? == std::fs::read(put)?, "another package");
+    let uids = uids(server.pid())?;
+    ensure!(uids == format!("{USER} {USER} {USER} {USER}"), "the repository runs as {uids}");
+    let status = server.terminate(Duration::from_secs(20))?;
+    ensure!(status.success(), "it ended with {status}:\n{}", server.tail());
+    Ok(())
+}
+
+/// A directory of packages with one small one in it.
+fn packages(world: &World) -> anyhow::Result<std::path::PathBuf> {
+    let (folder, packages) =
+        (world.lab().directory().join("package"), world.lab().directory().join("packages-of-image"));
+    let deb = packages.join("deb/amd64/onboarding-agent.deb");
+    if !deb.exists() {
+        std::fs::create_dir_all(folder.join("DEBIAN"))?;
+        std::fs::create_dir_all(packages.join("deb/amd64"))?;
+        let control = "Package: onboarding-agent\nVersion: 1\nArchitecture: amd64\nMaintainer: x <x@example.org>\nDescription: x\n";
+        std::fs::write(folder.join("DEBIAN/control"), control)?;
+        let mut command = std::process::Command::new("dpkg-deb");
+        command.args(["-Zxz", "-b"]).arg(&folder).arg(&deb);
+        process::output(command, Duration::from_secs(20))?;
+    }
+    Ok(packages)
 }
 
 fn containers(world: &mut World) -> anyhow::Result<()> {
@@ -213,7 +276,7 @@ fn unpacked(world: &World) -> anyhow::Result<&'static [Image]> {
     static IMAGES: std::sync::OnceLock<Result<Vec<Image>, String>> = std::sync::OnceLock::new();
     let build = || -> anyhow::Result<Vec<Image>> {
         let directory = world.lab().directory().join("images");
-        let archives = image::build(&directory, &NAMES)?;
+        let archives = image::build(&directory, &packages(world)?, &NAMES)?;
         let unpack = |(name, archive): (&&str, &std::path::PathBuf)| {
             let image = Image::unpack(name, archive, &directory)?;
             std::fs::remove_file(archive)?;

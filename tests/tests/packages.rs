@@ -1,5 +1,5 @@
 //! The packages of `dev/package` as files: what Debian's and Red Hat's tools say of them, RPMs in a root of their own, and the agent's
-//! binary on the oldest and the newest Debian. `ONBOARDING_PACKAGES` says where they are.
+//! binary on the oldest and the newest Debian, and for arm64. `ONBOARDING_PACKAGES` says where they are.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, reason = "tests")]
 
 use anyhow::{Context, ensure};
@@ -17,7 +17,9 @@ const CHECKS: &[(&str, Check)] = &[
     ("lintian_and_rpmlint_find_no_error", linted),
     ("maintainer_scripts_are_posix_shell_without_faults", scripts),
     ("rpms_are_installed_upgraded_and_erased", rpms),
-    ("the_agent_runs_on_the_oldest_and_the_newest_debian", userlands),
+    ("they_are_installed_run_and_are_purged_on_the_oldest_and_the_newest_debian", userlands),
+    ("no_program_needs_a_later_glibc_than_its_package_says", glibc),
+    ("the_agent_for_arm64_is_one_and_runs", arm64),
 ];
 
 fn main() -> ExitCode {
@@ -52,36 +54,59 @@ fn run(program: &str, arguments: &[&Path]) -> anyhow::Result<Ended> {
     process::run(command, Duration::from_secs(240))
 }
 
-fn linted(_: &Path) -> anyhow::Result<()> {
+/// Format, architecture and name of each package that is there: all of amd64, and of arm64 what was made.
+fn made() -> anyhow::Result<Vec<(&'static str, &'static str, PathBuf)>> {
     let at = packages()?;
-    for package in ["onboarding-agent", "istio-sidecar"] {
-        let deb = at.join(format!("deb/amd64/{package}.deb"));
-        let ended = run("lintian", &["--fail-on=error".as_ref(), "--allow-root".as_ref(), &deb])?;
+    let mut found = Vec::new();
+    for (format, arch) in [("deb", "amd64"), ("rpm", "amd64"), ("deb", "arm64"), ("rpm", "arm64")] {
+        for package in ["onboarding-agent", "istio-sidecar"] {
+            let file = at.join(format!("{format}/{arch}/{package}.{format}"));
+            if file.exists() {
+                found.push((format, arch, file));
+            } else {
+                ensure!(arch == "arm64", "{} isn't there; run `dev/package`", file.display());
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn linted(_: &Path) -> anyhow::Result<()> {
+    for (format, _, file) in made()? {
+        let ended = match format {
+            "deb" => run("lintian", &["--fail-on=error".as_ref(), "--allow-root".as_ref(), &file])?,
+            _ => {
+                let config = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../packaging/rpmlint.toml"));
+                run("rpmlint", &["--config".as_ref(), config, &file])?
+            }
+        };
         println!("{}", ended.stdout);
-        ensure!(ended.status.success(), "lintian: {ended:?}");
-        let rpm = at.join(format!("rpm/amd64/{package}.rpm"));
-        let config = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../packaging/rpmlint.toml"));
-        let ended = run("rpmlint", &["--config".as_ref(), config, &rpm])?;
-        println!("{}", ended.stdout);
-        ensure!(ended.status.success() && ended.stdout.contains(" 0 errors"), "rpmlint: {ended:?}");
+        ensure!(ended.status.success(), "{}: {ended:?}", file.display());
+        ensure!(format == "deb" || ended.stdout.contains(" 0 errors"), "{}: {ended:?}", file.display());
     }
     Ok(())
 }
 
 fn scripts(_: &Path) -> anyhow::Result<()> {
-    let folder = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../packaging"));
+    let tree = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+    let mut scripts = vec![tree.join("crates/repository/src/onboard.sh")];
     for package in ["onboarding-agent", "istio-sidecar"] {
         for format in ["deb", "rpm"] {
-            let files: Vec<PathBuf> = std::fs::read_dir(folder.join(package).join(format))?
-                .map(|entry| Ok(entry?.path()))
-                .collect::<anyhow::Result<_>>()?;
-            ensure!(files.len() >= 3, "{package}, {format}: {files:?}");
-            let arguments: Vec<&Path> =
-                ["--shell=sh".as_ref()].into_iter().chain(files.iter().map(PathBuf::as_path)).collect();
-            let ended = run("shellcheck", &arguments)?;
-            ensure!(ended.status.success(), "{}", ended.stdout);
+            let before = scripts.len();
+            for entry in std::fs::read_dir(tree.join("packaging").join(package).join(format))? {
+                scripts.push(entry?.path());
+            }
+            ensure!(scripts.len() >= before + 3, "{package}, {format}: {scripts:?}");
         }
     }
+    for script in &scripts {
+        let ended = run("sh", &["-n".as_ref(), script])?;
+        ensure!(ended.status.success(), "{}: {}", script.display(), ended.stderr);
+    }
+    let arguments: Vec<&Path> =
+        ["--shell=sh".as_ref()].into_iter().chain(scripts.iter().map(PathBuf::as_path)).collect();
+    let ended = run("shellcheck", &arguments)?;
+    ensure!(ended.status.success(), "{}", ended.stdout);
     Ok(())
 }
 
@@ -109,6 +134,9 @@ fn rpms(directory: &Path) -> anyhow::Result<()> {
             seen=$(chroot "$ROOT" stat -c '%A %U:%G' "$2")
             [ "$seen" = "$1" ] || { echo "$2: $seen instead of $1" >&2; exit 1; }
         }
+        # Of what isn't rpm's own, and of useradd's.
+        list() { (cd "$ROOT" && find . -xdev -path ./root/.rpmdb -prune -o -path './etc/*-' -o -path ./etc/.pwd.lock -o -printf '%P %y\n' | sort); }
+        list > "$DIRECTORY/before"
         install
         is '-rwxr-xr-x root:root' /usr/bin/onboarding-agent
         is '-rw-r--r-- root:root' /etc/onboarding-agent/onboarding.config.yaml
@@ -126,15 +154,78 @@ fn rpms(directory: &Path) -> anyhow::Result<()> {
         cat "$ROOT/var/lib/onboarding-agent/agent.key"
 
         rpm -e onboarding-agent istio-sidecar
-        echo left: $(cd "$ROOT" && find etc/onboarding-agent etc/istio var/lib/onboarding-agent var/lib/istio usr/bin/onboarding-agent usr/local/bin \
-            usr/lib/systemd/system/onboarding-agent.service usr/share/doc/onboarding-agent -type f -o -type l 2>/dev/null | sort)"#,
+        list > "$DIRECTORY/after"
+        echo gone: $(comm -23 "$DIRECTORY/before" "$DIRECTORY/after")
+        echo left: $(comm -13 "$DIRECTORY/before" "$DIRECTORY/after")"#,
     )?;
     ensure!(ended.status.success(), "{ended:?}");
     let lines: Vec<_> = ended.stdout.lines().collect();
     ensure!(lines.contains(&"# mine") && lines.contains(&"key"), "an upgrade keeps them: {ended:?}");
     // What was edited is kept aside, and the key nobody can give again; an RPM has no purge.
-    let left = "left: etc/onboarding-agent/onboarding.config.yaml.rpmsave var/lib/onboarding-agent/agent.key";
-    ensure!(lines.contains(&left), "{ended:?}");
+    let left = "left: etc/onboarding-agent d etc/onboarding-agent/onboarding.config.yaml.rpmsave f \
+        var/lib/onboarding-agent d var/lib/onboarding-agent/agent.key f";
+    ensure!(lines.contains(&left) && lines.contains(&"gone:"), "{ended:?}");
+    Ok(())
+}
+
+/// The highest `GLIBC_2.x` of an ELF file, where it has any.
+fn newest_symbol(program: &Path) -> anyhow::Result<Option<u32>> {
+    let ended = run("readelf", &["-VW".as_ref(), program])?;
+    ensure!(ended.status.success(), "{ended:?}");
+    let versions = ended.stdout.split("GLIBC_2.").skip(1);
+    Ok(versions.filter_map(|rest| rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()).max())
+}
+
+fn glibc(directory: &Path) -> anyhow::Result<()> {
+    for (_, arch, deb) in made()?.into_iter().filter(|(format, ..)| *format == "deb") {
+        let ended = run("dpkg-deb", &["-f".as_ref(), &deb, "Depends".as_ref()])?;
+        let (_, said) = ended.stdout.split_once("libc6 (>= 2.").context("it depends on no libc6")?;
+        let said: u32 = said.split(')').next().unwrap_or_default().parse()?;
+        let _ = std::fs::remove_dir_all(directory);
+        std::fs::create_dir_all(directory)?;
+        ensure!(run("dpkg-deb", &["-x".as_ref(), &deb, directory])?.status.success(), "{}", deb.display());
+        let mut seen = 0;
+        for (program, most) in [("usr/bin/onboarding-agent", 17), ("usr/local/bin/envoy", 30)] {
+            let path = directory.join(program);
+            if path.exists() {
+                let needs = newest_symbol(&path)?.context("it has no symbol of glibc")?;
+                println!("{program} for {arch}: GLIBC_2.{needs}, and libc6 (>= 2.{said}) is depended on");
+                ensure!(needs <= said && said == most, "{program} for {arch} needs GLIBC_2.{needs}");
+                seen += 1;
+            }
+        }
+        ensure!(seen == 1, "{}: {seen} programs", deb.display());
+    }
+    Ok(())
+}
+
+fn arm64(directory: &Path) -> anyhow::Result<()> {
+    let at = packages()?;
+    for format in ["deb", "rpm"] {
+        let file = at.join(format!("{format}/arm64/onboarding-agent.{format}"));
+        ensure!(
+            file.exists(),
+            "{} isn't there; run `dev/setup --arm64` and `dev/package --arch arm64 --only onboarding-agent`, as dev/test does",
+            file.display()
+        );
+        let (program, arguments, arch) = match format {
+            "deb" => ("dpkg-deb", vec!["-f".as_ref(), file.as_path(), "Architecture".as_ref()], "arm64"),
+            _ => ("rpm", vec!["-qp".as_ref(), "--qf=%{ARCH}".as_ref(), file.as_path()], "aarch64"),
+        };
+        let ended = run(program, &arguments)?;
+        ensure!(ended.stdout.trim() == arch, "{ended:?}");
+    }
+    let deb = at.join("deb/arm64/onboarding-agent.deb");
+    ensure!(run("dpkg-deb", &["-x".as_ref(), &deb, directory])?.status.success(), "{}", deb.display());
+    let program = directory.join("usr/bin/onboarding-agent");
+    let header = run("readelf", &["-h".as_ref(), &program])?;
+    ensure!(header.stdout.contains("AArch64"), "{header:?}");
+    // It reads a file, too.
+    for (argument, wanted) in [("--version", "onboarding-agent "), ("check", "onboarding.config.yaml")] {
+        let libraries = Path::new("/usr/aarch64-linux-gnu");
+        let ended = run("qemu-aarch64-static", &["-L".as_ref(), libraries, &program, argument.as_ref()])?;
+        ensure!(ended.stdout.contains(wanted), "{argument}: {ended:?}");
+    }
     Ok(())
 }
 
@@ -144,13 +235,25 @@ fn userlands(directory: &Path) -> anyhow::Result<()> {
         let ended = in_root(
             &directory,
             suite,
-            r#"dpkg-deb -x "$PACKAGES/deb/amd64/onboarding-agent.deb" "$ROOT"
+            r#"cp "$PACKAGES"/deb/amd64/*.deb "$ROOT/root/"
+            export DEBIAN_FRONTEND=noninteractive PATH=/usr/sbin:/usr/bin:/sbin:/bin
+            chroot "$ROOT" sh -c 'dpkg -i /root/istio-sidecar.deb /root/onboarding-agent.deb'
             chroot "$ROOT" /usr/bin/onboarding-agent --version
             chroot "$ROOT" /usr/bin/onboarding-agent check || true
-            dpkg-deb -x "$PACKAGES/deb/amd64/istio-sidecar.deb" "$ROOT"
-            chroot "$ROOT" /usr/local/bin/envoy --version"#,
+            chroot "$ROOT" /usr/local/bin/envoy --version
+            chroot "$ROOT" stat -c '%n %U:%G %a' /etc/onboarding-agent/agent.config.yaml /var/lib/onboarding-agent /var/log/istio
+            chroot "$ROOT" dpkg --purge onboarding-agent istio-sidecar
+            chroot "$ROOT" find /etc /var /usr \( -name '*onboarding-agent*' -o -name '*istio*' \) ! -path '/var/lib/dpkg/*' -printf 'left: %p\n'"#,
         )?;
         ensure!(ended.status.success() && ended.stdout.contains("onboarding-agent "), "{suite}: {ended:?}");
+        for owned in [
+            "/etc/onboarding-agent/agent.config.yaml root:onboarding-agent 640",
+            "/var/lib/onboarding-agent onboarding-agent:onboarding-agent 755",
+            "/var/log/istio istio-proxy:istio-proxy 755",
+        ] {
+            ensure!(ended.stdout.lines().any(|line| line == owned), "{suite}: {owned}: {ended:?}");
+        }
+        ensure!(!ended.stdout.contains("left: "), "{suite}: {ended:?}");
         // It reads its files, and says what is wrong with them.
         ensure!(ended.stdout.contains("is a placeholder"), "{suite}: {ended:?}");
     }

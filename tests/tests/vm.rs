@@ -1,5 +1,5 @@
 //! A machine with systemd, onboarded with the commands of the requirement: installation, the unedited sample, joining, ports below 1024,
-//! a reboot without a plane, upgrades under load, removal, purge. Packages come from `ONBOARDING_PACKAGES`, which `dev/package` makes.
+//! a reboot without a plane, upgrades under load, removal, purge; with DEBs, and with RPMs by dnf. Packages come from `ONBOARDING_PACKAGES`, which `dev/package` makes.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, reason = "tests")]
 
 use anyhow::{Context, ensure};
@@ -7,7 +7,7 @@ use onboarding_testkit::process;
 use onboarding_tests::guest::Guest;
 use onboarding_tests::scenario::{Scenario, run};
 use onboarding_tests::until::until;
-use onboarding_tests::world::{ENDPOINT, Pair, Setup, World};
+use onboarding_tests::world::{ENDPOINT, Pair, Setup, World, binary};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
@@ -19,7 +19,9 @@ const SCENARIOS: &[Scenario] = &[
     ("the_application_may_have_a_port_below_1024", low_port),
     ("a_vm_that_boots_while_the_plane_is_away_starts_its_sidecar_by_itself", rebooted),
     ("upgrades_of_both_packages_fail_no_request_and_keep_configuration_and_identity", upgraded),
+    ("onboard_sh_installs_joins_and_keeps_current_and_is_undone_as_documented", scripted),
     ("removing_the_packages_leaves_the_mesh_and_purging_leaves_nothing", removed),
+    ("a_machine_with_rpms_is_onboarded_upgraded_and_left_as_it_was", red_hat),
 ];
 const NAME: &str = "vm8";
 const SUBJECT: &str = "us-east-datacenter1-vm008";
@@ -61,7 +63,7 @@ fn with_vm(world: &mut World, scenario: impl FnOnce(&mut World, &mut Vm) -> anyh
 
 fn onboard(world: &mut World) -> anyhow::Result<Vm> {
     publish(world)?;
-    let mut guest = Guest::new(world, NAME, 18, SUBJECT)?;
+    let mut guest = Guest::new(world, "bookworm", NAME, 18, SUBJECT)?;
     guest.boot()?;
     guest.sh("update-ca-certificates && systemctl enable --now application@8080 application@80")?;
     let before = guest.files()?;
@@ -72,21 +74,18 @@ fn onboard(world: &mut World) -> anyhow::Result<Vm> {
 
 fn join(world: &mut World, guest: &Guest) -> anyhow::Result<()> {
     for package in ["istio-sidecar", "onboarding-agent"] {
-        let [download, install] = requirement(package);
+        let [download, install] = requirement(package, DEB);
         let said = guest.sh(&download)?;
         ensure!(said.contains(&format!("{package}.deb: OK")), "{said}");
         guest.sh(&install)?;
     }
     ensure!(guest.sh("ls /root")?.is_empty(), "the downloads are still there");
     ensure!(guest.try_sh("systemctl is-enabled onboarding-agent")?.stdout.trim() == "disabled", "enabled by itself");
+    is_whose_it_should_be(guest)?;
+    exposure(guest)?;
     refuses_the_sample(guest)?;
 
-    guest.sh(&format!(
-        "sed -i -e 's/<onboarding-endpoint-dns-name>/{ENDPOINT}/' -e 's/<namespace>/bookinfo/' -e 's/<workload-group>/productpage/' \
-            /etc/onboarding-agent/onboarding.config.yaml
-        cat > /etc/onboarding-agent/agent.config.yaml <<'END'\n{AGENT}END
-        systemctl enable --now onboarding-agent"
-    ))?;
+    guest.sh(&configure())?;
     // `Type=notify`: when that returns the sidecar is up, or has been refused.
     let status = guest.sh("systemctl --no-pager status onboarding-agent")?;
     ensure!(status.contains("active (running)"), "{status}");
@@ -120,20 +119,72 @@ host:
         name: my-jwt
 ";
 
+/// What the administrator of a VM edits, and then types.
+fn configure() -> String {
+    format!(
+        "sed -i -e 's/<onboarding-endpoint-dns-name>/{ENDPOINT}/' -e 's/<namespace>/bookinfo/' -e 's/<workload-group>/productpage/' \
+            /etc/onboarding-agent/onboarding.config.yaml
+        cat > /etc/onboarding-agent/agent.config.yaml <<'END'\n{AGENT}END
+        systemctl enable --now onboarding-agent"
+    )
+}
+
+/// The format's name, and the program that installs.
+type Commands = [&'static str; 2];
+const DEB: Commands = ["deb", "apt-get"];
+const RPM: Commands = ["rpm", "yum"];
+
 /// Its words, with the host's name in the place of `<onboarding-endpoint-dns-name>`.
-fn requirement(package: &str) -> [String; 2] {
+fn requirement(package: &str, [format, program]: Commands) -> [String; 2] {
     let download = format!(
         r#"set -e; cd /root
-curl -fLO "https://{ENDPOINT}/install/deb/amd64/{package}.deb"
-curl -fLO "https://{ENDPOINT}/install/deb/amd64/{package}.deb.sha256"
-sha256sum --check {package}.deb.sha256"#
+curl -fLO "https://{ENDPOINT}/install/{format}/amd64/{package}.{format}"
+curl -fLO "https://{ENDPOINT}/install/{format}/amd64/{package}.{format}.sha256"
+sha256sum --check {package}.{format}.sha256"#
     );
     let install = format!(
         r#"set -e; cd /root
-sudo apt-get install -y ./{package}.deb
-rm {package}.deb {package}.deb.sha256"#
+sudo {program} install -y ./{package}.{format}
+rm {package}.{format} {package}.{format}.sha256"#
     );
     [download, install]
+}
+
+/// Owners and modes, as docs/vm.md has them.
+fn is_whose_it_should_be(guest: &Guest) -> anyhow::Result<()> {
+    let seen = guest.sh(
+        "stat -c '%n %U:%G %a' /etc/onboarding-agent /etc/onboarding-agent/* /var/lib/onboarding-agent /usr/bin/onboarding-agent \
+            /usr/local/bin/envoy /usr/local/bin/pilot-agent /usr/local/bin/istio-start.sh /var/lib/istio/envoy/* /etc/certs",
+    )?;
+    let wanted = "\
+/etc/onboarding-agent root:root 755
+/etc/onboarding-agent/agent.config.yaml root:onboarding-agent 640
+/etc/onboarding-agent/onboarding.config.yaml root:root 644
+/var/lib/onboarding-agent onboarding-agent:onboarding-agent 755
+/usr/bin/onboarding-agent root:root 755
+/usr/local/bin/envoy root:root 755
+/usr/local/bin/pilot-agent root:root 755
+/usr/local/bin/istio-start.sh root:root 755
+/var/lib/istio/envoy/envoy_bootstrap_tmpl.json root:root 644
+/var/lib/istio/envoy/sidecar.env root:root 644
+/etc/certs istio-proxy:istio-proxy 755
+";
+    ensure!(seen == wanted, "{seen}");
+    Ok(())
+}
+
+/// What systemd says of the unit is what docs/vm.md says that it says.
+fn exposure(guest: &Guest) -> anyhow::Result<()> {
+    let said = guest.sh("systemd-analyze --no-pager security onboarding-agent")?;
+    let figure = said.rsplit_once("onboarding-agent.service: ").context("no figure")?.1;
+    let figure: Vec<&str> = figure.split_whitespace().take(2).collect();
+    let page = document("docs/vm.md")?;
+    ensure!(page.contains(&format!("says **{}**", figure.join(" "))), "docs/vm.md doesn't have {figure:?}:\n{said}");
+    Ok(())
+}
+
+fn document(path: &str) -> anyhow::Result<String> {
+    Ok(std::fs::read_to_string(PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).join(path))?)
 }
 
 /// Started as it is installed, it says what is to be edited, and stays down.
@@ -213,7 +264,12 @@ fn upgraded(world: &mut World) -> anyhow::Result<()> {
         for package in ["onboarding-agent", "istio-sidecar"] {
             let old = guest.sh("systemctl show -p MainPID --value onboarding-agent")?;
             publish_newer(world, package)?;
-            let [download, install] = requirement(package);
+            let [download, install] = requirement(package, DEB);
+            // One from the signed repository, one as the requirement has it.
+            let (download, install) = match package {
+                "onboarding-agent" => (known_to_apt(world)?, "apt-get update && apt-get upgrade -y".to_owned()),
+                _ => (download, install),
+            };
             guest.sh(&download)?;
             let load = pair.ratings.load(SERVICE, "/slow?ms=20", 50)?;
             until("the VM serves", Duration::from_secs(10), || {
@@ -246,7 +302,10 @@ fn upgraded(world: &mut World) -> anyhow::Result<()> {
 fn removed(world: &mut World) -> anyhow::Result<()> {
     with_vm(world, |world, vm| {
         let guest = &vm.guest;
+        guest.sh("onboarding-agent hosts --write && grep -q '^127.0.0.2 .*ratings.bookinfo' /etc/hosts")?;
         guest.sh("apt-get remove -y onboarding-agent")?;
+        let hosts = guest.read("etc/hosts")?;
+        ensure!(!hosts.contains("onboarding-agent") && hosts.contains("127.0.0.1 localhost"), "{hosts}");
         let gone = world.registrations()?.iter().all(|war| war["metadata"]["name"] != REGISTRATION);
         ensure!(gone, "it is still registered");
         ensure!(
@@ -256,11 +315,7 @@ fn removed(world: &mut World) -> anyhow::Result<()> {
         // The identity stays for whoever installs it again.
         guest.sh("test -s /var/lib/onboarding-agent/agent.key -a -s /etc/onboarding-agent/onboarding.config.yaml")?;
         guest.sh("apt-get purge -y onboarding-agent istio-sidecar")?;
-        let after = guest.files()?;
-        let changed: Vec<_> = after.iter().filter(|(path, is)| vm.before.get(*path) != Some(is)).collect();
-        ensure!(changed.is_empty(), "left behind or changed: {changed:?}");
-        let missing: Vec<_> = vm.before.keys().filter(|path| !after.contains_key(*path)).collect();
-        ensure!(missing.is_empty(), "taken away: {missing:?}");
+        is_as_before(&vm.before, &guest.files()?)?;
         let failed = guest.sh("systemctl list-units --all --no-legend 'onboarding*' 'istio*'")?;
         ensure!(failed.trim().is_empty(), "systemd still knows {failed}");
         // Debian's way: a user that is gone could be given, with its files, to somebody else.
@@ -272,35 +327,168 @@ fn removed(world: &mut World) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Into the repository of the plane.
+fn is_as_before(before: &BTreeMap<String, String>, after: &BTreeMap<String, String>) -> anyhow::Result<()> {
+    let changed: Vec<_> = after.iter().filter(|(path, is)| before.get(*path) != Some(is)).collect();
+    ensure!(changed.is_empty(), "left behind or changed: {changed:?}");
+    let missing: Vec<_> = before.keys().filter(|path| !after.contains_key(*path)).collect();
+    ensure!(missing.is_empty(), "taken away: {missing:?}");
+    Ok(())
+}
+
+fn scripted(world: &mut World) -> anyhow::Result<()> {
+    with_vm(world, |world, vm| {
+        let guest = &vm.guest;
+        // What somebody edited is still there, as it is on a machine that had the agent once.
+        guest.sh("apt-get remove -y onboarding-agent istio-sidecar")?;
+        let script = format!(
+            r#"set -e; cd /root
+curl -fLO "https://{ENDPOINT}/install/onboard.sh"
+sudo sh onboard.sh --group bookinfo/productpage --keep-current
+rm onboard.sh onboard.sh.* 2>/dev/null || true"#
+        );
+        let said = guest.sh(&script)?;
+        ensure!(said.contains("onboard.sh: the agent runs;"), "{said}");
+        live(guest)?;
+        until("the VM is registered", Duration::from_secs(20), || world.connected(REGISTRATION))?;
+        ensure!(guest.sh("systemctl is-enabled onboarding-agent")?.trim() == "enabled", "{said}");
+        let config = guest.read("etc/onboarding-agent/onboarding.config.yaml")?;
+        ensure!(config.contains(&format!("host: \"{ENDPOINT}\"")), "{config}");
+        let policy = guest.sh("apt-get update && apt-cache policy onboarding-agent istio-sidecar")?;
+        let known = policy.matches(&format!("https://{ENDPOINT}/install/apt stable/main")).count();
+        ensure!(known >= 2, "{policy}");
+
+        guest.sh(&format!("set -e\n{}", undoing()?))?;
+        let left = guest.sh("find /etc/apt /etc/pki -name '*onboarding*' 2>/dev/null || true")?;
+        ensure!(left.is_empty(), "{left}");
+        ensure!(!guest.sh("apt-get update && apt-cache policy onboarding-agent")?.contains(ENDPOINT), "apt still asks");
+        Ok(())
+    })
+}
+
+/// The commands of docs/repository.md for Debian.
+fn undoing() -> anyhow::Result<String> {
+    let page = document("docs/repository.md")?;
+    let (_, section) = page.split_once("**Undoing").context("docs/repository.md has no such section")?;
+    let (_, block) = section.split_once("```sh\n").context("it has no commands")?;
+    let (commands, _) = block.split_once("```").context("they have no end")?;
+    let lines = commands.lines().skip_while(|line| !line.starts_with("# Debian")).take_while(|line| !line.is_empty());
+    Ok(lines.map(|line| format!("{line}\n")).collect())
+}
+
+/// What a machine of Red Hat's has, and this one has from Debian: for the names that our packages depend on.
+const SYSTEM: &str = "\
+Name: system
+Version: 1
+Release: 1
+Summary: what the machine has
+License: none
+BuildArch: noarch
+Provides: /bin/sh, glibc = 2.36, shadow-utils, ca-certificates, systemd
+%description
+It is installed by other means.
+%files
+";
+
+fn red_hat(world: &mut World) -> anyhow::Result<()> {
+    const OWN: &str = "productpage-jwt-my-corp--us-east-datacenter1-vm010";
+    publish(world)?;
+    let mut guest = Guest::new(world, "dnf", "vm10", 20, "us-east-datacenter1-vm010")?;
+    let system = rpm_of_the_system(world)?;
+    guest.boot()?;
+    guest.copy(&system, "root/system.rpm")?;
+    guest.sh("update-ca-certificates && systemctl enable --now application@8080
+        ln -s dnf /usr/bin/yum && rpm -i /root/system.rpm && rm /root/system.rpm")?;
+    let before = guest.files()?;
+    let ended = (|| {
+        for package in ["istio-sidecar", "onboarding-agent"] {
+            let [download, install] = requirement(package, RPM);
+            let said = guest.sh(&download)?;
+            ensure!(said.contains(&format!("{package}.rpm: OK")), "{said}");
+            println!("{}", guest.sh(&install)?);
+        }
+        ensure!(
+            guest.try_sh("systemctl is-enabled onboarding-agent")?.stdout.trim() == "disabled",
+            "enabled by itself"
+        );
+        is_whose_it_should_be(&guest)?;
+        guest.sh("rpm -V onboarding-agent istio-sidecar")?;
+        refuses_the_sample(&guest)?;
+        guest.sh(&configure())?;
+        live(&guest)?;
+        until("the VM is registered", Duration::from_secs(20), || world.connected(OWN))?;
+        guest.sh("onboarding-agent hosts --write && grep -q '^127.0.0.2 ' /etc/hosts")?;
+
+        let kept = "sha256sum /etc/onboarding-agent/*.yaml /var/lib/onboarding-agent/agent.key";
+        let (configured, pid) = (guest.sh(kept)?, guest.sh("systemctl show -p MainPID --value onboarding-agent")?);
+        publish_newer_rpm(world)?;
+        let [download, install] = requirement("onboarding-agent", RPM);
+        guest.sh(&download)?;
+        println!("{}", guest.sh(&install)?);
+        ensure!(guest.sh("rpm -q onboarding-agent")?.trim() == "onboarding-agent-99.0.0-1.x86_64", "not upgraded");
+        ensure!(guest.sh("systemctl show -p MainPID --value onboarding-agent")? != pid, "the old agent goes on");
+        live(&guest)?;
+        until("the VM is connected again", Duration::from_secs(40), || world.connected(OWN))?;
+        ensure!(guest.sh(kept)? == configured, "an upgrade changed {configured}");
+
+        println!("{}", guest.sh("yum remove -y onboarding-agent istio-sidecar")?);
+        let gone = world.registrations()?.iter().all(|war| war["metadata"]["name"] != OWN);
+        ensure!(gone, "it is still registered");
+        ensure!(!guest.read("etc/hosts")?.contains("onboarding-agent"), "/etc/hosts");
+        let left = guest.sh("cd /; find etc/onboarding-agent -type f | sort; ls var/lib/onboarding-agent/agent.key")?;
+        let saved =
+            "etc/onboarding-agent/agent.config.yaml.rpmsave\netc/onboarding-agent/onboarding.config.yaml.rpmsave\n";
+        ensure!(left == format!("{saved}var/lib/onboarding-agent/agent.key\n"), "{left}");
+        guest.sh("rm -r /etc/onboarding-agent /var/lib/onboarding-agent")?;
+        is_as_before(&before, &guest.files()?)
+    })();
+    ended.map_err(|error: anyhow::Error| error.context(guest.report()))
+}
+
+fn rpm_of_the_system(world: &World) -> anyhow::Result<PathBuf> {
+    let folder = world.lab().directory().join("system");
+    std::fs::create_dir_all(&folder)?;
+    std::fs::write(folder.join("system.spec"), SYSTEM)?;
+    let mut command = Command::new("rpmbuild");
+    command.arg("-bb").arg("--define").arg(format!("_topdir {}", folder.display())).arg(folder.join("system.spec"));
+    process::output(command, Duration::from_secs(60))?;
+    Ok(folder.join("RPMS/noarch/system-1-1.noarch.rpm"))
+}
+
+/// Into the repository of the plane, signed.
 fn publish(world: &World) -> anyhow::Result<()> {
     let from = PathBuf::from(std::env::var_os("ONBOARDING_PACKAGES").context(
         "ONBOARDING_PACKAGES isn't set: run `dev/package -o DIRECTORY` and set it to that directory, as dev/test does",
     )?);
-    let to = repository(world);
-    std::fs::create_dir_all(&to)?;
-    for package in ["onboarding-agent.deb", "istio-sidecar.deb"] {
-        let file = from.join("deb/amd64").join(package);
-        std::fs::copy(&file, to.join(package))
-            .with_context(|| format!("copying {}; run `dev/package`", file.display()))?;
-    }
-    Ok(())
+    let all = ["onboarding-agent", "istio-sidecar"]
+        .map(|package| ["deb", "rpm"].map(|format| from.join(format!("{format}/amd64/{package}.{format}"))));
+    import(world, all.as_flattened())
+}
+
+fn import(world: &World, files: &[PathBuf]) -> anyhow::Result<()> {
+    let mut command = Command::new(binary("onboardctl")?);
+    command.args(["packages", "import"]).args(files).arg("--packages").arg(repository(world));
+    process::output(command, Duration::from_secs(240)).map(drop)
 }
 
 fn repository(world: &World) -> PathBuf {
-    world.data_dir().join("packages/deb/amd64")
+    world.data_dir().join("packages")
 }
 
-/// The same with a later version, put in the place of the old one as documented: by a rename.
+/// What `onboardctl packages index` prints for an administrator of Debian.
+fn known_to_apt(world: &World) -> anyhow::Result<String> {
+    let mut command = Command::new(binary("onboardctl")?);
+    command.args(["packages", "index", "--host", ENDPOINT, "--packages"]).arg(repository(world));
+    let said = process::output(command, Duration::from_secs(120))?;
+    let lines = said.lines().skip_while(|line| !line.starts_with("# Debian")).take_while(|line| !line.is_empty());
+    Ok(lines.map(|line| format!("{line}\n")).collect())
+}
+
+/// The same with a later version, as DEB.
 fn publish_newer(world: &World, package: &str) -> anyhow::Result<()> {
-    let (folder, deb) = (repository(world).join("next"), repository(world).join(format!("{package}.deb")));
+    let folder = world.lab().directory().join("next");
+    let deb = repository(world).join(format!("deb/amd64/{package}.deb"));
     let _ = std::fs::remove_dir_all(&folder);
-    let run = |program: &str, arguments: &[&std::ffi::OsStr]| {
-        let mut command = Command::new(program);
-        command.args(arguments);
-        process::output(command, Duration::from_secs(120))
-    };
-    run("dpkg-deb", &["-R".as_ref(), deb.as_os_str(), folder.as_os_str()])?;
+    unpack(&["-R".as_ref(), deb.as_os_str(), folder.as_os_str()])?;
     let control = folder.join("DEBIAN/control");
     let text = std::fs::read_to_string(&control)?;
     let newer = text.lines().map(|line| match line.starts_with("Version: ") {
@@ -308,8 +496,42 @@ fn publish_newer(world: &World, package: &str) -> anyhow::Result<()> {
         false => format!("{line}\n"),
     });
     std::fs::write(&control, newer.collect::<String>())?;
-    let part = repository(world).join("part");
-    run("dpkg-deb", &["-Znone".as_ref(), "-b".as_ref(), folder.as_os_str(), part.as_os_str()])?;
+    let packed = world.lab().directory().join("next.deb");
+    unpack(&["-Zgzip".as_ref(), "-z1".as_ref(), "-b".as_ref(), folder.as_os_str(), packed.as_os_str()])?;
     std::fs::remove_dir_all(&folder)?;
-    Ok(std::fs::rename(part, deb)?)
+    import(world, &[packed])
+}
+
+/// The agent with a later version, as RPM: built of its program by the recipe.
+fn publish_newer_rpm(world: &World) -> anyhow::Result<()> {
+    let (root, out) = (world.lab().directory().join("rpm-root"), world.lab().directory().join("rpm-next"));
+    let deb = repository(world).join("deb/amd64/onboarding-agent.deb");
+    unpack(&["-x".as_ref(), deb.as_os_str(), root.as_os_str()])?;
+    std::fs::create_dir_all(root.join("completions"))?;
+    std::fs::rename(root.join("usr/bin/onboarding-agent"), root.join("onboarding-agent"))?;
+    for (arguments, file) in [
+        (["manual"].as_slice(), "onboarding-agent.8"),
+        (&["completions", "bash"], "completions/onboarding-agent.bash"),
+        (&["completions", "zsh"], "completions/_onboarding-agent"),
+        (&["completions", "fish"], "completions/onboarding-agent.fish"),
+    ] {
+        let mut command = Command::new(root.join("onboarding-agent"));
+        command.args(arguments);
+        std::fs::write(root.join(file), process::output(command, Duration::from_secs(20))?)?;
+    }
+    let mut command = Command::new(binary("onboardctl")?);
+    command.args(["packages", "build"]).arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../packaging/onboarding-agent.yaml"));
+    command
+        .arg("--root")
+        .arg(&root)
+        .args(["--arch", "amd64", "--version", "99.0.0", "--format", "rpm", "-o"])
+        .arg(&out);
+    process::output(command, Duration::from_secs(240))?;
+    import(world, &[out.join("rpm/amd64/onboarding-agent.rpm")])
+}
+
+fn unpack(arguments: &[&std::ffi::OsStr]) -> anyhow::Result<()> {
+    let mut command = Command::new("dpkg-deb");
+    command.args(arguments);
+    process::output(command, Duration::from_secs(120)).map(drop)
 }
