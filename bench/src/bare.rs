@@ -53,8 +53,8 @@ impl Bare {
         let directory = tempfile::tempdir_in(&bench.directory)?;
         std::fs::write(directory.path().join(CHAIN), &world.tls().certificate_chain)?;
         std::fs::write(directory.path().join(KEY), &world.tls().private_key)?;
-        let own = std::env::current_exe()?;
-        let mut command = machine::on_planes_core(&own, bench.one_core);
+        let program = bench.binaries.join("onboarding-bench");
+        let mut command = machine::on_planes_core(&program, bench.one_core);
         command.arg("bare-server").arg(directory.path()).stdin(Stdio::null()).stdout(Stdio::piped());
         let mut child = command.spawn().context("starting the bare server")?;
         let mut line = String::new();

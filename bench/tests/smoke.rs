@@ -4,7 +4,7 @@
 use onboarding_bench::crowd::{Crowd, Habits};
 use onboarding_bench::figures::{Bench, Name};
 use onboarding_bench::floor::Cryptography;
-use onboarding_bench::plane::{Plane, World};
+use onboarding_bench::plane::{MANIFESTS, Plane, World};
 use std::time::Duration;
 
 /// `dev/test` builds the plane before it tests.
@@ -49,7 +49,7 @@ async fn a_crowd_joins_by_both_kinds_of_evidence_and_comes_back_to_a_plane_that_
 
     // Who isn't admitted is told so, and counted as a failure.
     let crowd = Crowd::new(&plane.target(), world.jwt(), world.whereto()).unwrap();
-    std::fs::remove_file(plane.directory().join("manifests/policy.yaml")).unwrap();
+    std::fs::remove_file(plane.directory().join(MANIFESTS).join("policy.yaml")).unwrap();
     for members in &crowds {
         members.until(within, |status| status.ended.is_some()).await.unwrap();
     }

@@ -14,7 +14,8 @@ use onboarding_testkit::eventually::eventually;
 use onboarding_testkit::oidc::{self, Oidc};
 use onboarding_testkit::process::Process;
 use serde_json::{Value, json};
-use std::net::SocketAddr;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -81,7 +82,7 @@ spec: {{allow: [{{workloads: [{{jwt: {{issuer: '{issuer}'}}}}], onboardTo: [{{wo
         Self { cluster, issuer, ca: tls.ca }
     }
 
-    fn plane(&self, replica: &str) -> Plane {
+    async fn plane(&self, replica: &str) -> Plane {
         let mut command = Command::new(env!("CARGO_BIN_EXE_onboarding-plane"));
         command.args(["kubernetes", "--replica", replica, "--log-format", "json", "--audit-log", "-"]);
         command.args(["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]);
@@ -90,7 +91,15 @@ spec: {{allow: [{{workloads: [{{jwt: {{issuer: '{issuer}'}}}}], onboardTo: [{{wo
         let line = process.wait_for_line(WITHIN, |line| line.contains("the endpoint listens")).unwrap();
         let fields: Value = serde_json::from_str(&line).unwrap();
         let address = fields["address"].as_str().unwrap().parse().unwrap();
-        process.wait_for_line(WITHIN, |line| line.contains("the configuration of the cluster was read")).unwrap();
+        let line = process.wait_for_line(WITHIN, |line| line.contains("metrics and readiness are served")).unwrap();
+        let fields: Value = serde_json::from_str(&line).unwrap();
+        // The configuration was read, the certificate of its Secret too.
+        let admin = fields["address"].as_str().unwrap();
+        eventually("the plane is ready", WITHIN, async || match get(admin, "/readyz") {
+            answer if answer.starts_with("HTTP/1.1 200") => Ok(()),
+            answer => Err(answer),
+        })
+        .await;
         Plane { _process: process, address }
     }
 
@@ -137,10 +146,18 @@ fn key_of(token: &str) -> Value {
     serde_json::from_slice::<Value>(&header).unwrap()["kid"].clone()
 }
 
+fn get(address: &str, path: &str) -> String {
+    let mut stream = TcpStream::connect(address).unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: plane\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn planes_take_each_others_tokens_across_a_rotation() {
     let world = World::new().await;
-    let (one, two) = (world.plane("plane-1"), world.plane("plane-2"));
+    let (one, two) = (world.plane("plane-1").await, world.plane("plane-2").await);
     let first = world.authorized(&one, "vm1").await;
     assert_eq!(world.register(&two, &first).await.unwrap(), "bookinfo/ratings-jwt-my-corp--vm1");
     assert_eq!(world.keys().len(), 1);
@@ -150,7 +167,7 @@ async fn planes_take_each_others_tokens_across_a_rotation() {
     keys[0]["created_at"] = (Timestamp::now() - SignedDuration::from_hours(25)).to_string().into();
     world.put_keys(&serde_json::to_vec(&keys).unwrap());
     drop(one);
-    let one = world.plane("plane-1");
+    let one = world.plane("plane-1").await;
     assert_eq!(world.keys().len(), 2);
     let second = world.authorized(&one, "vm2").await;
     assert_ne!(key_of(&first.1), key_of(&second.1));
@@ -162,7 +179,7 @@ async fn planes_take_each_others_tokens_across_a_rotation() {
     // Forced, as the document says: what was signed before is worth nothing where the new key is known, and its holder onboards again.
     world.put_keys(b"");
     drop(one);
-    let one = world.plane("plane-1");
+    let one = world.plane("plane-1").await;
     assert_eq!(world.keys().len(), 1);
     let third = world.authorized(&one, "vm3").await;
     world.register(&two, &third).await.unwrap();
@@ -174,7 +191,7 @@ async fn planes_take_each_others_tokens_across_a_rotation() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn refusals_are_events_of_the_group() {
     let world = World::new().await;
-    let plane = world.plane("plane-1");
+    let plane = world.plane("plane-1").await;
     let holder = world.authorized(&plane, "vm1").await;
     let agent = world.agent(&plane, holder.0.clone(), &holder.1).await;
     let refused = agent.register_at("127.0.0.1", Some(agent.token_proof().await)).await;
