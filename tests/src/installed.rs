@@ -111,7 +111,8 @@ impl Installed {
     }
 
     pub fn kubectl(&self, arguments: &[&str]) -> anyhow::Result<String> {
-        self.cluster.kubectl(arguments)
+        // What waits for a pod waits for the node.
+        self.cluster.kubectl(arguments).with_context(|| format!("the node {}", self.node.doing()))
     }
 
     /// Reason and message of a condition of the ControlPlane.

@@ -37,6 +37,8 @@ const PROBE_UNREADY: Duration = Duration::from_millis(150);
 const PROBE_READY: Duration = Duration::from_secs(2);
 /// What a watch missed, the next one doesn't.
 const WATCH: Duration = Duration::from_secs(20);
+/// Of kubectl, which gives up by itself before that.
+const ANSWERED: Duration = Duration::from_secs(20);
 const RESTART_AFTER: Duration = Duration::from_secs(1);
 /// Where every pod finds its account.
 const ACCOUNT: &str = "/run/secrets/kubernetes.io/serviceaccount";
@@ -229,7 +231,9 @@ impl Worker {
     }
 
     fn follow(&mut self, queue: &Receiver<Event>) {
-        while !self.stop.load(Ordering::Relaxed) {
+        // The API server ends it sooner.
+        let deadline = Instant::now() + WATCH * 2;
+        while !self.stop.load(Ordering::Relaxed) && Instant::now() < deadline {
             self.at("watches pods");
             match queue.recv_timeout(TICK) {
                 Ok(Event::Changed(event)) => {
@@ -489,7 +493,13 @@ impl Worker {
 
     /// With a bound: one answer that doesn't come must not keep all pods waiting.
     fn kubectl(&self, arguments: &[&str]) -> anyhow::Result<String> {
-        self.options.cluster.kubectl([&["--request-timeout=15s"], arguments].concat())
+        let arguments = [&["--request-timeout=15s"], arguments].concat();
+        let ask = || self.options.cluster.kubectl_within(ANSWERED, &arguments);
+        // A kubelet, too, asks again where there was no answer.
+        ask().or_else(|error| {
+            self.say(&format!("{error:#}"));
+            ask()
+        })
     }
 
     fn raw(&self, verb: &str, path: &str, body: &Value) -> anyhow::Result<()> {

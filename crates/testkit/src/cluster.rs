@@ -132,7 +132,16 @@ impl Cluster {
 
     /// Runs kubectl as an administrator, and gives what it printed.
     pub fn kubectl<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> anyhow::Result<String> {
-        process::output(self.kubectl_command(arguments), READY_WITHIN)
+        self.kubectl_within(READY_WITHIN, arguments)
+    }
+
+    /// An error when it takes longer.
+    pub fn kubectl_within<S: AsRef<OsStr>>(
+        &self,
+        within: Duration,
+        arguments: impl IntoIterator<Item = S>,
+    ) -> anyhow::Result<String> {
+        process::output(self.kubectl_command(arguments), within)
     }
 
     /// The same, however it ends: for what must be refused.

@@ -456,17 +456,27 @@ async fn dropping_kills_it_and_what_a_killed_agent_left_is_ended() {
     until(|| !runs(pid)).await;
 
     // As an agent leaves it that dies by SIGKILL: started with the same binary in the same directory, and noted.
-    let orphan = tokio::process::Command::new(envoy())
-        .args(super::bootstrap::arguments(super::bootstrap::DRAIN_SECONDS))
-        .current_dir(&world.options.directory)
-        .stdout(std::process::Stdio::null())
-        .stderr(std::process::Stdio::null())
-        .kill_on_drop(true)
-        .spawn();
-    let mut orphan = orphan.unwrap();
-    let orphan_pid = orphan.id().unwrap();
+    let left = || {
+        tokio::process::Command::new(envoy())
+            .args(super::bootstrap::arguments(super::bootstrap::DRAIN_SECONDS))
+            .current_dir(&world.options.directory)
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap()
+    };
+    let mut orphan = left();
     let admin = super::admin::Admin::new(world.options.admin);
-    becomes(async || admin.ready().await.is_ok(), "the orphan is live").await;
+    let live = async || {
+        // A port that was free for a moment may have been somebody's, for a moment too.
+        if orphan.try_wait().unwrap().is_some() {
+            orphan = left();
+        }
+        admin.ready().await.is_ok()
+    };
+    becomes(live, "the orphan is live").await;
+    let orphan_pid = orphan.id().unwrap();
     let stat = std::fs::read_to_string(format!("/proc/{orphan_pid}/stat")).unwrap();
     let started = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(19).unwrap().to_owned();
 
@@ -665,7 +675,7 @@ async fn until(condition: impl Fn() -> bool) {
 }
 
 /// Waits until it is so; the interval is how often it is looked.
-async fn becomes(condition: impl AsyncFn() -> bool, what: &str) {
+async fn becomes(mut condition: impl AsyncFnMut() -> bool, what: &str) {
     let begun = std::time::Instant::now();
     let mut look = tokio::time::interval(Duration::from_millis(5));
     while !condition().await {
