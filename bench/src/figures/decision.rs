@@ -29,24 +29,36 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
     Ok(figures)
 }
 
+/// In one file, which may have 16 MiB.
+const PER_FILE: usize = 10_000;
+
 /// Policies of one namespace, as they are written: account, zone, role and group of each its own.
-fn policies(size: usize) -> anyhow::Result<(Vec<Policy>, String)> {
+fn policies(size: usize) -> anyhow::Result<(Vec<Policy>, Vec<String>)> {
+    let numbers: Vec<usize> = (0..size).collect();
+    let texts: Vec<String> = numbers.chunks(PER_FILE).map(written).collect::<anyhow::Result<_>>()?;
+    let mut policies = Vec::new();
+    for text in &texts {
+        let read = manifest::read("policies.yaml", text);
+        ensure!(read.faults.is_empty(), "{:?}", read.faults.first());
+        policies.extend(read.items.into_iter().filter_map(|item| match item.object {
+            Object::OnboardingPolicy(policy) => Some(policy),
+            _ => None,
+        }));
+    }
+    Ok((policies, texts))
+}
+
+fn written(numbers: &[usize]) -> anyhow::Result<String> {
     let mut text = String::new();
-    for number in 0..size {
+    for number in numbers {
         writeln!(
             text,
             "---\napiVersion: authorization.onboarding.tetrate.io/v1alpha1\nkind: OnboardingPolicy\nmetadata: {{name: policy-{number:06}, namespace: {NAMESPACE}}}\nspec:\n  allow:\n  - workloads:\n    - aws: {{accounts: ['{:012}'], regions: [us-east-2], ec2: {{iamRoleNames: [role-{number}]}}}}\n    onboardTo:\n    - workloadGroupSelector: {{matchLabels: {{app: {GROUP}}}}}",
             // A hundred policies of each account.
-            100_000_000_000_u64 + number as u64 / 100
+            100_000_000_000_u64 + *number as u64 / 100
         )?;
     }
-    let read = manifest::read("policies.yaml", &text);
-    ensure!(read.faults.is_empty(), "{:?}", read.faults.first());
-    let policies = read.items.into_iter().filter_map(|item| match item.object {
-        Object::OnboardingPolicy(policy) => Some(policy),
-        _ => None,
-    });
-    Ok((policies.collect(), text))
+    Ok(text)
 }
 
 fn instance(account: u64, role: usize) -> anyhow::Result<Identity> {
@@ -72,7 +84,7 @@ fn group() -> anyhow::Result<WorkloadGroup> {
 }
 
 fn decide(bench: &Bench, size: usize) -> anyhow::Result<Vec<Figure>> {
-    let (policies, text) = policies(size)?;
+    let (policies, texts) = policies(size)?;
     let group = group()?;
     let last = size - 1;
     let account = 100_000_000_000_u64 + last as u64 / 100;
@@ -84,7 +96,9 @@ fn decide(bench: &Bench, size: usize) -> anyhow::Result<Vec<Figure>> {
         let set = PolicySet::compile(again);
         compile.push(began.elapsed().as_secs_f64() * 1e3);
         let began = Instant::now();
-        ensure!(manifest::read("policies.yaml", &text).faults.is_empty());
+        for text in &texts {
+            ensure!(manifest::read("policies.yaml", text).faults.is_empty());
+        }
         read.push(began.elapsed().as_secs_f64() * 1e3);
         let calls = bench.count(1000, 100_000);
         yes.push(
