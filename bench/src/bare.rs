@@ -7,7 +7,7 @@
 use crate::crowd::Target;
 use crate::figures::Bench;
 use crate::floor::Tls;
-use crate::machine;
+use crate::machine::{self, Killed};
 use crate::plane::{HOST, UID, World};
 use anyhow::Context;
 use futures_util::stream::{self, BoxStream, StreamExt};
@@ -19,7 +19,7 @@ use onboarding_wire::onboarding as pb;
 use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 use std::time::Duration;
 use tempfile::TempDir;
 use tokio::net::TcpListener;
@@ -32,18 +32,10 @@ const KEY: &str = "key.pem";
 
 /// As a process of its own, so that its CPU time is its own; killed with this value.
 pub struct Bare {
-    child: Child,
+    process: Killed,
     address: SocketAddr,
     ca: String,
     _directory: TempDir,
-}
-
-impl Drop for Bare {
-    fn drop(&mut self) {
-        // Nothing to do for one that has ended.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 impl Bare {
@@ -56,21 +48,12 @@ impl Bare {
         let program = bench.binaries.join("onboarding-bench");
         let mut command = machine::on_planes_core(&program, bench.one_core);
         command.arg("bare-server").arg(directory.path()).stdin(Stdio::null()).stdout(Stdio::piped());
-        let mut child = command.spawn().context("starting the bare server")?;
+        let mut process = Killed(command.spawn().context("starting the bare server")?);
         let mut line = String::new();
-        let read = child.stdout.take().context("its output")?;
-        let said = BufReader::new(read).read_line(&mut line).context("the bare server's address");
-        let address = said.and_then(|_| line.trim().parse().context("the bare server's address"));
-        let bare = |address| Self { child, address, ca: world.tls().ca.clone(), _directory: directory };
-        // With an address that isn't one it is ended all the same.
-        let unknown = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        match address {
-            Ok(address) => Ok(bare(address)),
-            Err(error) => {
-                drop(bare(unknown));
-                Err(error)
-            }
-        }
+        let said = process.0.stdout.take().context("its output")?;
+        BufReader::new(said).read_line(&mut line).context("the bare server's address")?;
+        let address = line.trim().parse().context("the bare server's address")?;
+        Ok(Self { process, address, ca: world.tls().ca.clone(), _directory: directory })
     }
 
     pub fn target(&self) -> Target {
@@ -78,7 +61,7 @@ impl Bare {
     }
 
     pub fn pid(&self) -> i32 {
-        self.child.id().cast_signed()
+        self.process.pid()
     }
     /// # Errors
     /// It has ended.

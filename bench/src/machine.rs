@@ -4,7 +4,7 @@ use anyhow::Context;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::{Pid, SysconfVar, sysconf};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 /// As many open files as the hard limit allows: each agent of a crowd is one here and one in the plane.
@@ -45,6 +45,23 @@ pub fn keep_to_other_cores() -> anyhow::Result<()> {
         "--one-core needs a core for the load besides the plane's"
     );
     sched_setaffinity(own, &cores).context("leaving a core to the plane")
+}
+
+/// A program that ends with this value.
+pub struct Killed(pub Child);
+
+impl Killed {
+    pub fn pid(&self) -> i32 {
+        self.0.id().cast_signed()
+    }
+}
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // Nothing to do for one that has ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// A program that is measured: with `one_core` on [`PLANES_CORE`] alone.

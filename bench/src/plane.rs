@@ -2,7 +2,7 @@
 
 use crate::crowd::{Evidence, Target, Whereto};
 use crate::figures::Bench;
-use crate::machine::{self, Memory};
+use crate::machine::{self, Killed, Memory};
 use anyhow::{Context, ensure};
 use jsonwebtoken::Algorithm;
 use nix::sys::signal::{Signal, kill};
@@ -12,7 +12,7 @@ use onboarding_testkit::oidc::{self, MadeTls, Oidc};
 use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
@@ -157,21 +157,13 @@ spec:
 
 /// A plane that runs; killed with this value, and its data with it.
 pub struct Plane {
-    child: Child,
+    process: Killed,
     directory: TempDir,
     binary: PathBuf,
     one_core: bool,
     listen: SocketAddr,
     admin: SocketAddr,
     ca: String,
-}
-
-impl Drop for Plane {
-    fn drop(&mut self) {
-        // Nothing to do for one that has ended.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 impl Plane {
@@ -186,9 +178,9 @@ impl Plane {
         std::fs::create_dir_all(directory.path().join(MANIFESTS))?;
         std::fs::write(directory.path().join("aws.pem"), world.region.pinned())?;
         let (listen, admin) = (free_port()?, free_port()?);
-        let child = start(&binary, directory.path(), bench.one_core, listen, admin)?;
+        let process = start(&binary, directory.path(), bench.one_core, listen, admin)?;
         let one_core = bench.one_core;
-        let mut plane = Self { child, directory, binary, one_core, listen, admin, ca: world.tls.ca.clone() };
+        let mut plane = Self { process, directory, binary, one_core, listen, admin, ca: world.tls.ca.clone() };
         plane.write_manifest("world.yaml", &world.manifests())?;
         plane.write_manifest("policy.yaml", &world.policy())?;
         plane.wait_until_ready().await?;
@@ -199,7 +191,7 @@ impl Plane {
         Target { addresses: vec![self.listen], server_name: HOST.to_owned(), ca: self.ca.clone() }
     }
     pub fn pid(&self) -> i32 {
-        self.child.id().cast_signed()
+        self.process.pid()
     }
     pub fn cpu_time(&self) -> anyhow::Result<Duration> {
         machine::cpu_time(self.pid())
@@ -229,8 +221,8 @@ impl Plane {
     /// It can't be started.
     pub fn kill_and_start(&mut self) -> anyhow::Result<()> {
         kill(Pid::from_raw(self.pid()), Signal::SIGKILL)?;
-        self.child.wait()?;
-        self.child = start(&self.binary, self.directory.path(), self.one_core, self.listen, self.admin)?;
+        self.process.0.wait()?;
+        self.process = start(&self.binary, self.directory.path(), self.one_core, self.listen, self.admin)?;
         Ok(())
     }
 
@@ -243,7 +235,7 @@ impl Plane {
             if answer.as_ref().is_ok_and(|answer| answer.starts_with("HTTP/1.1 200")) {
                 return Ok(());
             }
-            let ended = self.child.try_wait()?;
+            let ended = self.process.0.try_wait()?;
             if ended.is_some() || started.elapsed() > READY_WITHIN {
                 anyhow::bail!("the plane isn't ready ({ended:?}, {answer:?}); the end of its log:\n{}", self.log_end());
             }
@@ -287,7 +279,7 @@ fn start(
     one_core: bool,
     listen: SocketAddr,
     admin: SocketAddr,
-) -> anyhow::Result<Child> {
+) -> anyhow::Result<Killed> {
     let mut command = machine::on_planes_core(binary, one_core);
     let log = File::options().create(true).append(true).open(directory.join("log"))?;
     command
@@ -305,7 +297,7 @@ fn start(
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log);
-    command.spawn().with_context(|| format!("starting {}", binary.display()))
+    Ok(Killed(command.spawn().with_context(|| format!("starting {}", binary.display()))?))
 }
 
 /// One that nobody listens on now; a plane that is started again needs the same.

@@ -161,6 +161,17 @@ impl Crowd {
         joins
     }
 
+    /// The same, where nobody may fail.
+    ///
+    /// # Errors
+    /// Somebody did; with how many, and what the first was told.
+    pub async fn join_all(&self, newcomers: Vec<Newcomer>, at_once: usize) -> anyhow::Result<Joins> {
+        let joins = self.join(newcomers, at_once).await;
+        let failures = &joins.failures;
+        anyhow::ensure!(failures.is_empty(), "{} joins failed: {:?}", failures.len(), failures.first());
+        Ok(joins)
+    }
+
     /// What a join is: connect, Discover, AuthorizeOnboarding, RegisterWorkload.
     async fn join_one(&self, newcomer: Newcomer) -> anyhow::Result<Joined> {
         let Newcomer { number, key, credential } = newcomer;

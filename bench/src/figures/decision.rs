@@ -136,8 +136,7 @@ async fn recheck(bench: &Bench, started: Instant) -> anyhow::Result<Vec<Figure>>
     let others = Crowd::new(&plane.target(), world.ec2_document(), world.whereto())?;
     let alone = one_is_withdrawn(bench, &world, &plane, &others).await?;
     bench.say(started, &format!("{size} agents join"));
-    let joins = crowd.join(crowd.newcomers(size)?, LINES).await;
-    ensure!(joins.failures.is_empty(), "{} joins failed: {:?}", joins.failures.len(), joins.failures.first());
+    let joins = crowd.join_all(crowd.newcomers(size)?, LINES).await?;
     let members = crowd.stay(joins.joined, Habits { come_back: false, ..Habits::default() });
     members.until(CONNECTED_WITHIN, |status| status.connected && status.boots > 0).await?;
     bench.say(started, "a policy changes that concerns one of them");

@@ -85,8 +85,7 @@ async fn measure(
             let count = counted(bench, level);
             let newcomers = crowd.newcomers(count)?;
             let before = plane.cpu_time()?;
-            let joins = crowd.join(newcomers, level).await;
-            ensure!(joins.failures.is_empty(), "{} joins failed: {:?}", joins.failures.len(), joins.failures.first());
+            let joins = crowd.join_all(newcomers, level).await?;
             drop(joins.joined);
             // Ending a connection is part of what it costs.
             closed(&plane).await?;
@@ -115,8 +114,7 @@ async fn bare(bench: &Bench, started: Instant, world: &World, levels: &[usize]) 
             let count = counted(bench, level);
             let newcomers = crowd.newcomers(count)?;
             let before = server.cpu_time()?;
-            let joins = crowd.join(newcomers, level).await;
-            ensure!(joins.failures.is_empty(), "{} joins failed: {:?}", joins.failures.len(), joins.failures.first());
+            let joins = crowd.join_all(newcomers, level).await?;
             drop(joins.joined);
             idle(&server).await?;
             samples.push((server.cpu_time()? - before).as_secs_f64() * 1e3 / count as f64);

@@ -49,8 +49,7 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
         // The largest once: it takes as long as all others together.
         for (size, samples) in sizes.iter().zip(&mut samples).take(if turn == 0 { 3 } else { 2 }) {
             bench.say(started, &format!("{size} agents"));
-            let joins = crowd.join(crowd.newcomers(size - there)?, LINES).await;
-            ensure!(joins.failures.is_empty(), "{} joins failed: {:?}", joins.failures.len(), joins.failures.first());
+            let joins = crowd.join_all(crowd.newcomers(size - there)?, LINES).await?;
             let members = crowd.stay(joins.joined, Habits::default());
             members.until(CONNECTED_WITHIN, |status| status.connected && status.boots > 0).await?;
             crowds.push(members);
@@ -90,8 +89,7 @@ async fn bare(bench: &Bench, world: &World) -> anyhow::Result<f64> {
     crowd.join(crowd.newcomers(20)?, 4).await;
     let empty = still(server.pid()).await?;
     let size = 1000;
-    let joins = crowd.join(crowd.newcomers(size)?, LINES).await;
-    ensure!(joins.failures.is_empty(), "{} joins failed: {:?}", joins.failures.len(), joins.failures.first());
+    let joins = crowd.join_all(crowd.newcomers(size)?, LINES).await?;
     let members = crowd.stay(joins.joined, Habits::default());
     members.until(CONNECTED_WITHIN, |status| status.connected && status.boots > 0).await?;
     Ok(still(server.pid()).await?.saturating_sub(empty) as f64 / 1024.0 / size as f64)

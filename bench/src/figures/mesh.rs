@@ -41,8 +41,7 @@ async fn one_changes(bench: &Bench, world: &World, size: usize) -> anyhow::Resul
     plane.write_manifest("service.yaml", &service())?;
     let crowd = Crowd::new(&plane.target(), world.cheap(), world.whereto())?;
     bench.say(started, &format!("{size} agents join"));
-    let joins = crowd.join(crowd.newcomers(size)?, LINES).await;
-    ensure!(joins.failures.is_empty(), "{} joins failed: {:?}", joins.failures.len(), joins.failures.first());
+    let joins = crowd.join_all(crowd.newcomers(size)?, LINES).await?;
     bench.say(started, "their sessions open");
     let habits = Habits { report_health: false, ..Habits::default() };
     let members = crowd.stay(joins.joined, habits.clone());

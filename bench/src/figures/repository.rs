@@ -1,7 +1,7 @@
 //! The package repository under many downloads at once, beside nginx with the same file and the same certificate.
 
 use super::Bench;
-use crate::machine::{self, PLANES_CORE};
+use crate::machine::{self, Killed};
 use crate::plane::World;
 use crate::table::Figure;
 use anyhow::{Context, ensure};
@@ -93,28 +93,19 @@ struct Site {
     directory: tempfile::TempDir,
 }
 
-/// Ends when it is dropped.
 struct Server {
-    child: Child,
+    process: Killed,
     address: SocketAddr,
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // It may have ended; then nothing is left to do.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 impl Server {
     fn pid(&self) -> i32 {
-        self.child.id().cast_signed()
+        self.process.pid()
     }
 
     /// Waits for it to take connections.
     async fn started(child: Child, address: SocketAddr, log: &Path) -> anyhow::Result<Self> {
-        let (server, began) = (Self { child, address }, Instant::now());
+        let (server, began) = (Self { process: Killed(child), address }, Instant::now());
         while TcpStream::connect(address).await.is_err() {
             ensure!(
                 began.elapsed() < READY_WITHIN,
@@ -148,7 +139,7 @@ impl Site {
 
     async fn repository(&self, bench: &Bench) -> anyhow::Result<Server> {
         let (address, admin) = (free_port()?, free_port()?);
-        let mut command = on_its_core(bench, &bench.binaries.join("onboarding-repository"));
+        let mut command = machine::on_planes_core(&bench.binaries.join("onboarding-repository"), bench.one_core);
         command
             .args(["--listen", &address.to_string(), "--admin-listen", &admin.to_string()])
             .arg("--packages")
@@ -177,7 +168,7 @@ http {{
 "
             ),
         )?;
-        let mut command = on_its_core(bench, Path::new("nginx"));
+        let mut command = machine::on_planes_core(Path::new("nginx"), bench.one_core);
         command.arg("-c").arg(self.at("nginx.conf")).arg("-p").arg(self.directory.path());
         self.start(command, address).await
     }
@@ -187,16 +178,6 @@ http {{
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let child = command.spawn().with_context(|| format!("starting {:?}", command.get_program()))?;
         Server::started(child, address, &self.at("log")).await
-    }
-}
-
-fn on_its_core(bench: &Bench, program: &Path) -> Command {
-    if bench.one_core {
-        let mut command = Command::new("taskset");
-        command.arg("--cpu-list").arg(PLANES_CORE.to_string()).arg(program);
-        command
-    } else {
-        Command::new(program)
     }
 }
 

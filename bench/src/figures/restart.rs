@@ -5,7 +5,6 @@ use crate::crowd::{Crowd, Habits};
 use crate::floor::Tls;
 use crate::plane::{Plane, World};
 use crate::table::Figure;
-use anyhow::ensure;
 use std::time::{Duration, Instant};
 
 const LINES: usize = 32;
@@ -24,8 +23,7 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
     let mut plane = Plane::start(bench, &world).await?;
     let crowd = Crowd::new(&plane.target(), world.cheap(), world.whereto())?;
     bench.say(started, &format!("{size} agents join"));
-    let joins = crowd.join(crowd.newcomers(size)?, LINES).await;
-    ensure!(joins.failures.is_empty(), "{} joins failed: {:?}", joins.failures.len(), joins.failures.first());
+    let joins = crowd.join_all(crowd.newcomers(size)?, LINES).await?;
     let members = crowd.stay(joins.joined, Habits::default());
     members.until(CONNECTED_WITHIN, |status| status.connected && status.boots > 0).await?;
     let registered = plane.metric("onboarding_registry_registrations").await?;

@@ -4,6 +4,7 @@
 
 #[path = "../../endpoint/tests/support/agent.rs"]
 mod agent;
+mod support;
 
 use agent::{Agent, Key, assert_refused, client_config, connect};
 use base64::Engine;
@@ -14,11 +15,11 @@ use onboarding_testkit::eventually::eventually;
 use onboarding_testkit::oidc::{self, Oidc};
 use onboarding_testkit::process::Process;
 use serde_json::{Value, json};
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
+use support::get;
 use tonic::Code;
 
 const HOST: &str = "onboarding-endpoint.your-company.corp";
@@ -149,14 +150,6 @@ spec: {{allow: [{{workloads: [{{jwt: {{issuer: '{issuer}'}}}}], onboardTo: [{{wo
 fn key_of(token: &str) -> Value {
     let header = URL_SAFE_NO_PAD.decode(token.split('.').next().unwrap()).unwrap();
     serde_json::from_slice::<Value>(&header).unwrap()["kid"].clone()
-}
-
-fn get(address: &str, path: &str) -> String {
-    let mut stream = TcpStream::connect(address).unwrap();
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: plane\r\nConnection: close\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    answer
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -4,6 +4,7 @@
 
 #[path = "../../endpoint/tests/support/agent.rs"]
 mod agent;
+mod support;
 
 use agent::{Agent, Key, assert_refused, connect};
 use base64::Engine;
@@ -11,11 +12,11 @@ use base64::engine::general_purpose::STANDARD;
 use onboarding_testkit::oidc::{self, Oidc};
 use onboarding_testkit::process::{self, Process};
 use onboarding_wire::onboarding as pb;
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
+use support::get;
 use tonic::Code;
 
 const HOST: &str = "onboarding-endpoint.your-company.corp";
@@ -87,11 +88,7 @@ impl Plane {
     }
 
     fn get(&self, path: &str) -> String {
-        let mut stream = TcpStream::connect(&self.admin).unwrap();
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: plane\r\nConnection: close\r\n\r\n").unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        answer
+        get(&self.admin, path)
     }
 
     fn terminate(&self) -> Option<i32> {
