@@ -302,6 +302,7 @@ impl Vm {
 
     /// Somebody in this VM who goes on calling `host` through the egress listener.
     pub fn load(&self, host: &str, path: &str, per_second: u32) -> anyhow::Result<Load> {
+        until(&format!("{} reaches {host}", self.name()), Duration::from_secs(40), || self.call(host))?;
         let mut command = self.machine.command(binary("onboarding-testkit")?);
         command.args(["client", "--host", host, "--path", path, "--per-second", &per_second.to_string()]);
         command.stdin(std::process::Stdio::piped());

@@ -178,6 +178,10 @@ fn ends_what_lived(world: &mut World, by: &[&str], told: &str) -> anyhow::Result
     agent.wait_for_line_since(before, Duration::from_secs(30), |line| {
         line.contains("Not authorized by OnboardingPolicy") && line.contains(told)
     })?;
+    until("its sidecar has left too", Duration::from_secs(20), || {
+        ensure!(pair.ratings.pids("/envoy")?.is_empty(), "Envoy runs on");
+        Ok(())
+    })?;
     world.connected(&pair.productpage.registration())?;
     pair.productpage.call_unanswered(&pair.ratings.service())?;
     world.write_manifest("ratings.yaml", &whole)?;

@@ -35,6 +35,8 @@ pub struct State {
     signing: Errand,
     /// Since when every attempt ended with "no policy admits this workload".
     not_admitted_since: Option<Timestamp>,
+    /// The plane ended the last session because its registration was deleted: it has no entry that a sidecar could outlive.
+    deleted: bool,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -285,7 +287,8 @@ const LIVED: SignedDuration = SignedDuration::from_secs(30);
 const NO_ANSWER: SignedDuration = SignedDuration::from_secs(300);
 const SIGNING_ANSWER: SignedDuration = SignedDuration::from_secs(30);
 /// How long a sidecar outlives "no policy admits this workload" at onboarding. A policy that can't be read counts as absent, so
-/// a typing error looks just like this; the entries live for the same grace period.
+/// a typing error looks just like this; the entries live for the same grace period. Where the registration was deleted before (its group went,
+/// or an operator sends it away) there is none.
 pub const NOT_ADMITTED_GRACE: SignedDuration = SignedDuration::from_secs(300);
 
 // A goodbye takes at most the sum of these: 29 s, within the 30 s that the unit and ECS give.
@@ -310,6 +313,7 @@ impl State {
             renewal: Errand::Idle,
             signing: Errand::Idle,
             not_admitted_since: None,
+            deleted: false,
         }
     }
 

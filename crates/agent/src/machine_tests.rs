@@ -379,6 +379,25 @@ fn who_is_not_admitted_any_more_leaves_the_mesh_after_the_grace_period() {
 }
 
 #[test]
+fn who_was_deleted_and_is_not_admitted_again_leaves_the_mesh_at_once() {
+    let mut agent = Agent::connected();
+    assert_eq!(agent.ended(100, SessionEnd::Deleted), [Effect::ForgetToken, Effect::Disconnect]);
+    assert_eq!(agent.step(100, Event::Tick), [Effect::Connect]);
+    // A plane that is away says nothing.
+    assert_eq!(agent.step(100, refused(Call::Discover, Code::Other)), [Effect::Disconnect]);
+    let mut refused_at = |second| {
+        assert_eq!(agent.step(second, Event::Tick), [Effect::Connect]);
+        agent.step(second, discovered());
+        agent.step(second, Event::EvidenceReady);
+        agent.step(second, refused(Call::Authorize, Code::PermissionDenied))
+    };
+    assert_eq!(refused_at(110), [Effect::StopSidecar, Effect::ForgetBoot, Effect::Disconnect]);
+    // Once; from there on as anybody who comes.
+    assert_eq!(refused_at(120), [Effect::Disconnect]);
+    assert!(agent.state.boot.is_none());
+}
+
+#[test]
 fn a_stop_says_goodbye_waits_drains_and_ends() {
     let mut agent = Agent::connected();
     assert_eq!(agent.step(10, Event::StopRequested), [Effect::Unregister]);
@@ -507,7 +526,8 @@ fn only_withdrawal_and_the_end_stop_the_sidecar(before: &State, event: &Event, e
         let leaving = matches!(before.phase, Phase::Draining(_)) || *event == Event::StopRequested;
         let withdrawn = matches!(event, Event::SessionEnded { reason: SessionEnd::Withdrawn, .. });
         let not_admitted = *event == Event::Tick && before.not_admitted_since.is_some();
-        assert!(leaving || withdrawn || not_admitted, "{event:?} in {before:?}");
+        let refused = matches!(event, Event::Refused { code: Code::PermissionDenied, .. }) && before.deleted;
+        assert!(leaving || withdrawn || not_admitted || refused, "{event:?} in {before:?}");
         assert_ne!(before.sidecar, Sidecar::Absent);
     }
 }

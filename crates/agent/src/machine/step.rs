@@ -165,7 +165,7 @@ impl Step<'_> {
         match self.state.phase {
             Phase::Authorizing => {
                 self.state.token = Some(token);
-                self.state.not_admitted_since = None;
+                self.is_admitted();
                 self.enter(Phase::Registering { kept_token: false });
                 self.effects.push(Effect::Register { prove: false });
             }
@@ -195,6 +195,9 @@ impl Step<'_> {
                 // Only an admission ends this: a plane that is away meanwhile says nothing in favour.
                 if code == Code::PermissionDenied {
                     self.state.not_admitted_since.get_or_insert(self.now);
+                    if self.state.deleted {
+                        self.leave_mesh();
+                    }
                 }
                 if matches!(self.state.phase, Phase::Registering { .. }) && code != Code::Other {
                     self.forget_token();
@@ -214,13 +217,18 @@ impl Step<'_> {
         }
     }
 
+    fn is_admitted(&mut self) {
+        self.state.not_admitted_since = None;
+        self.state.deleted = false;
+    }
+
     fn session_opened(&mut self) {
         if !matches!(self.state.phase, Phase::Registering { .. }) {
             return;
         }
         self.enter(Phase::Connected);
         self.state.last_error = None;
-        self.state.not_admitted_since = None;
+        self.is_admitted();
         self.state.renewal = Errand::Idle;
         self.state.signing = Errand::Idle;
         // Asked for before the boot configuration comes: the plane decides the identity, and a round trip is saved.
@@ -297,6 +305,7 @@ impl Step<'_> {
                 Wait::First
             }
             SessionEnd::Deleted | SessionEnd::TokenExpired => {
+                self.state.deleted = reason == SessionEnd::Deleted;
                 self.forget_token();
                 self.at_once()
             }
@@ -329,6 +338,7 @@ impl Step<'_> {
         self.state.boot = None;
         self.state.certificate = None;
         self.state.health = None;
+        self.state.deleted = false;
         self.effects.push(Effect::ForgetBoot);
     }
 

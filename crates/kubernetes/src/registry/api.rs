@@ -12,6 +12,7 @@ use onboarding_runtime::backoff::{Backoff, with_jitter};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
 use serde_json::Value;
 use std::time::Duration;
 use tokio::sync::Semaphore;
@@ -68,14 +69,34 @@ pub(crate) struct Requests {
     records: Semaphore,
     upkeep: Semaphore,
     counted: Family<Request, Counter>,
+    in_flight: Gauge,
+}
+
+/// A request from before its turn until it is counted.
+struct InFlight<'a>(&'a Gauge);
+
+impl<'a> InFlight<'a> {
+    fn new(gauge: &'a Gauge) -> Self {
+        gauge.inc();
+        Self(gauge)
+    }
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
 }
 
 impl Requests {
     pub(crate) fn new(client: Client, namespace: String, metrics: &mut prometheus_client::registry::Registry) -> Self {
         let counted = Family::<Request, Counter>::default();
         metrics.register("api_requests", "Requests of the registry to the API server, by outcome", counted.clone());
+        let in_flight = Gauge::default();
+        let help = "Requests of the registry to the API server that wait for their turn or for an answer";
+        metrics.register("api_requests_in_flight", help, in_flight.clone());
         let [all, records, upkeep] = [AT_ONCE, RECORDS_AT_ONCE, UPKEEP_AT_ONCE].map(Semaphore::new);
-        Self { client, namespace, all, records, upkeep, counted }
+        Self { client, namespace, all, records, upkeep, counted, in_flight }
     }
 
     pub(crate) fn wars(&self) -> Api<DynamicObject> {
@@ -234,6 +255,7 @@ impl Requests {
             Urgency::Record | Urgency::Upkeep => UPKEEP_WITHIN,
         };
         let deadline = Instant::now() + within;
+        let _in_flight = InFlight::new(&self.in_flight);
         let result = tokio::time::timeout_at(deadline, async {
             // First in, first out: an agent waits behind at most this much of the rest.
             let _turn = match urgency {

@@ -47,7 +47,7 @@ pub(super) async fn edits_of_others_survive_and_nothing_is_written_twice(cluster
     // Nothing changes: nothing is written.
     let versions = |war: &Value, entry: &Value| [war, entry].map(|it| it["metadata"]["resourceVersion"].clone());
     let before = versions(&war, &entry);
-    let counted = counts(&plane);
+    let counted = counts(&plane).await;
     let (read, version) = plane.live(&name).await;
     let same = plane.registry.store(&name, version, &live_state(&read)).await.unwrap();
     assert_eq!(same, version);
@@ -62,12 +62,12 @@ pub(super) async fn edits_of_others_survive_and_nothing_is_written_twice(cluster
     let entry = home.until_entry(&name, "the entry", |_| true).await;
     assert_eq!(versions(&war, &entry), before);
     // The other's entry, once.
-    assert_eq!(counts(&plane), [counted[0] + 1, counted[1], counted[2]]);
+    assert_eq!(counts(&plane).await, [counted[0] + 1, counted[1], counted[2]]);
 }
 
 /// Requests that write what the reconciler sees to.
-fn counts(plane: &Plane) -> [u64; 3] {
-    ["apply entry", "update entry status", "update war status"].map(|it| plane.requests(it))
+async fn counts(plane: &Plane) -> [u64; 3] {
+    plane.requests(["apply entry", "update entry status", "update war status"]).await
 }
 
 pub(super) async fn a_group_reaches_its_entries(cluster: &Cluster) {
@@ -137,14 +137,14 @@ pub(super) async fn a_war_says_how_far_its_sidecar_is(cluster: &Cluster) {
     let war = home.until_war(&name, "the report", |war| has(war, "UpToDate", "True")).await;
 
     // What passes within moments isn't written; what somebody has to see to is.
-    let writes = counts(&plane);
+    let writes = counts(&plane).await;
     let behind = |reason, message: &str| Some(Standing::Behind(Behind { reason, message: message.to_owned() }));
     plane.registry.stands(&name, behind(BehindReason::NotApplied, "soon"));
     plane.registry.stands(&name, Some(applied(&plane)));
     plane.registry.stands(&name, behind(BehindReason::Refused, "no such filter"));
     let refused = home.until_war(&name, "the refusal", |war| reason(war).as_deref() == Some("Refused")).await;
     assert!(condition(&refused, "UpToDate").unwrap()["message"].as_str().unwrap().contains("no such filter"));
-    assert_eq!(counts(&plane).iter().sum::<u64>(), writes.iter().sum::<u64>() + 1, "one write");
+    assert_eq!(counts(&plane).await.iter().sum::<u64>(), writes.iter().sum::<u64>() + 1, "one write");
     assert_ne!(war["metadata"]["resourceVersion"], refused["metadata"]["resourceVersion"]);
 
     // Another replica knows as much, and says it again with what it writes itself.
@@ -197,12 +197,12 @@ pub(super) async fn a_war_says_which_policy_admits_it(cluster: &Cluster) {
     follow(&[("our-vms", 3)], false);
     let (name, live) = home.live(1, 1);
     plane.store_live(&name, &live).await;
-    let writes = counts(&plane)[2];
+    let writes = counts(&plane).await[2];
     plane.insist(&name, |_| live_state(&ready(&connected(&live, "s")))).await;
     plane.registry.stands(&name, Some(applied(&plane)));
     let war = home.until_war(&name, "its conditions", |war| has(war, "UpToDate", "True")).await;
     assert_eq!(condition(&war, "Admitted").unwrap()["message"], "OnboardingPolicy our-vms, rule spec.allow[2]");
-    assert_eq!(counts(&plane)[2], writes + 2, "it goes with what is written anyhow");
+    assert_eq!(counts(&plane).await[2], writes + 2, "it goes with what is written anyhow");
 
     let described = cluster.kubectl(["describe", "war", &name.name, "-n", &home.namespace]).unwrap();
     let said: Vec<String> =
@@ -233,7 +233,7 @@ pub(super) async fn a_war_says_which_policy_admits_it(cluster: &Cluster) {
     follow(&[("our-vms", 1)], false);
     home.until_war(&name, "the policy", message("OnboardingPolicy our-vms, rule spec.allow[0]")).await;
     // What doesn't change who admits is written nowhere.
-    let writes = counts(&plane)[2];
+    let writes = counts(&plane).await[2];
     follow(&[("our-vms", 1), ("z-last", 1)], false);
     plane
         .store_live(
@@ -242,7 +242,7 @@ pub(super) async fn a_war_says_which_policy_admits_it(cluster: &Cluster) {
         )
         .await;
     home.until_war(&name, "its health", |war| has(war, "Healthy", "False")).await;
-    assert_eq!(counts(&plane)[2], writes + 1);
+    assert_eq!(counts(&plane).await[2], writes + 1);
     plane.stop().await;
 }
 

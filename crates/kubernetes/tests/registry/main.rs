@@ -148,13 +148,22 @@ impl Plane {
         }
     }
 
-    /// How many requests of a kind were made.
-    fn requests(&self, request: &str) -> u64 {
-        let mut text = String::new();
-        prometheus_client::encoding::text::encode(&mut text, &self.metrics).unwrap();
-        let line = format!("onboarding_registry_api_requests_total{{request=\"{request}\",");
-        let counts = text.lines().filter(|found| found.starts_with(&line)).filter_map(|found| found.rsplit(' ').next());
-        counts.map(|count| count.parse::<u64>().unwrap()).sum()
+    /// How many requests of each kind were made. What others can see already may not be counted yet: none is under way.
+    async fn requests<const N: usize>(&self, kinds: [&str; N]) -> [u64; N] {
+        let deadline = Instant::now() + WITHIN;
+        loop {
+            let mut text = String::new();
+            prometheus_client::encoding::text::encode(&mut text, &self.metrics).unwrap();
+            let sum = |line: &str| {
+                let counts = text.lines().filter(|it| it.starts_with(line)).filter_map(|it| it.rsplit(' ').next());
+                counts.map(|count| count.parse::<u64>().unwrap()).sum::<u64>()
+            };
+            if sum("onboarding_registry_api_requests_in_flight ") == 0 {
+                return kinds.map(|kind| sum(&format!("onboarding_registry_api_requests_total{{request=\"{kind}\",")));
+            }
+            assert!(Instant::now() < deadline, "requests never end");
+            pause().await;
+        }
     }
 }
 
