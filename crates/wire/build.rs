@@ -9,6 +9,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .codec_path("crate::codec::SmallBuffers")
         .bytes(".onboarding.v1alpha1.XdsResource")
         .bytes(".onboarding.v1alpha1.Splice")
+        .bytes(".onboarding.v1alpha1.Part")
         .compile_fds(descriptors)?;
     Ok(())
 }

@@ -8,6 +8,7 @@ use futures_util::future::BoxFuture;
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use onboarding_wire::onboarding as pb;
+use onboarding_wire::parts::Incoming;
 use onboarding_wire::proof::{Purpose, signed_bytes};
 use pb::discovery_service_client::DiscoveryServiceClient;
 use pb::onboarding_authorization_service_client::OnboardingAuthorizationServiceClient;
@@ -24,7 +25,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_rustls::TlsConnector;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Streaming};
+use tonic::Request;
 
 /// A plane, as an agent's configuration names it. With several addresses an agent takes the next one each time it connects.
 #[derive(Debug, Clone)]
@@ -40,7 +41,6 @@ const CALL_WITHIN: Duration = Duration::from_secs(20);
 const DIAL_WITHIN: Duration = Duration::from_secs(10);
 const KEEPALIVE_EVERY: Duration = Duration::from_secs(20);
 const KEEPALIVE_WITHIN: Duration = Duration::from_secs(10);
-const LARGEST_MESSAGE: usize = 64 * 1024 * 1024;
 /// What an agent of a crowd takes at a time: there are thousands of them in one process.
 const WINDOW: u32 = 64 * 1024;
 /// Agents that come from one loopback address, well below its ephemeral ports.
@@ -169,7 +169,7 @@ pub struct Link {
 /// An open session.
 pub(crate) struct Session {
     pub(crate) say: mpsc::Sender<pb::AgentMessage>,
-    pub(crate) hear: Streaming<pb::PlaneMessage>,
+    pub(crate) hear: Incoming,
 }
 
 impl Link {
@@ -220,9 +220,8 @@ impl Link {
         let hello = pb::AgentMessage { message: Some(pb::agent_message::Message::Hello(hello)) };
         say.send(hello).await?;
         let request = with_token(ReceiverStream::new(messages), token)?;
-        let mut client = SessionServiceClient::with_origin(self.wire.clone(), self.origin.clone())
-            .max_decoding_message_size(LARGEST_MESSAGE);
-        let hear = bounded(client.session(request)).await.context("Session")?;
+        let mut client = SessionServiceClient::with_origin(self.wire.clone(), self.origin.clone());
+        let hear = Incoming::new(bounded(client.session(request)).await.context("Session")?);
         Ok(Session { say, hear })
     }
 }

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 /// Before anything is measured: what is made on first use isn't a part of every join.
 const WARM_UP: usize = 50;
 const CLOSED_WITHIN: Duration = Duration::from_secs(30);
+const CONSTANTS: &str = "TLS and HTTP/2 with constant answers";
 const PEERS: &str = "measured earlier, same kind of machine, one core, fresh P-256 key, durable; issue 7";
 
 /// Of one number of agents at once, a sample for each repetition.
@@ -101,23 +102,30 @@ async fn measure(
     Ok(all)
 }
 
-/// The libraries alone: the CPU of a join that is answered with constants, of each number at once.
-async fn bare(bench: &Bench, started: Instant, world: &World, levels: &[usize]) -> anyhow::Result<Vec<Vec<f64>>> {
+/// The libraries alone, at one number at once: joins that are answered with constants.
+#[derive(Default)]
+struct Constants {
+    rate: Vec<f64>,
+    cpu: Vec<f64>,
+}
+
+async fn bare(bench: &Bench, started: Instant, world: &World, levels: &[usize]) -> anyhow::Result<Vec<Constants>> {
     let server = Bare::start(bench, world)?;
     let crowd = Crowd::new(&server.target(), world.jwt(), world.whereto())?;
     crowd.join(crowd.newcomers(bench.count(5, WARM_UP))?, 4).await;
     let mut all = Vec::new();
     for &level in levels {
         bench.say(started, &format!("TLS and HTTP/2 alone, {level} at once"));
-        let mut samples = Vec::new();
+        let mut samples = Constants::default();
         for _ in 0..bench.repeat {
             let count = counted(bench, level);
             let newcomers = crowd.newcomers(count)?;
             let before = server.cpu_time()?;
             let joins = crowd.join_all(newcomers, level).await?;
+            samples.rate.push(count as f64 / joins.elapsed.as_secs_f64());
             drop(joins.joined);
             idle(&server).await?;
-            samples.push((server.cpu_time()? - before).as_secs_f64() * 1e3 / count as f64);
+            samples.cpu.push((server.cpu_time()? - before).as_secs_f64() * 1e3 / count as f64);
         }
         all.push(samples);
     }
@@ -164,11 +172,11 @@ fn peers(level: usize) -> Option<[(&'static str, f64, f64, Option<f64>); 2]> {
     }
 }
 
-/// What the figures of one number at once stand beside, in ms.
+/// What the figures of one number at once stand beside; times in ms.
 struct Floors<'a> {
     cryptography: &'a [f64],
     /// The same connection and calls, with nothing behind them.
-    bare: &'a [f64],
+    bare: &'a Constants,
     fsyncs: &'a [f64],
     /// The median of one agent alone.
     alone: &'a [f64],
@@ -177,12 +185,12 @@ struct Floors<'a> {
 fn rows(bench: &Bench, kind: &str, level: usize, samples: Samples, floors: Floors<'_>) -> Vec<Figure> {
     let Floors { cryptography, bare, fsyncs, alone } = floors;
     let name = |what: &str| format!("join, {kind}, {level} at once: {what}");
-    let mut rate = Figure::new(name("rate"), "joins/s", samples.rate);
+    let mut rate = Figure::new(name("rate"), "joins/s", samples.rate).against(CONSTANTS, bare.rate.clone());
     let mut p50 = Figure::new(name("p50"), "ms", samples.p50.clone());
     let mut p99 = Figure::new(name("p99"), "ms", samples.p99);
     let mut cpu = Figure::new(name("plane's CPU"), "ms", samples.cpu)
         .against("its cryptography", cryptography.to_vec())
-        .against("TLS and HTTP/2 with constant answers", bare.to_vec())
+        .against(CONSTANTS, bare.cpu.clone())
         .goal("at most 2 x its cryptography");
     if level == 1 {
         p50 = p50.against("one fdatasync", fsyncs.to_vec());

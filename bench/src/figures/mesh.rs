@@ -14,9 +14,11 @@ use std::time::{Duration, Instant};
 
 /// How many agents join at a time before anything is measured.
 const LINES: usize = 32;
-const CONNECTED_WITHIN: Duration = Duration::from_secs(180);
+/// Each of them is sent all of the others: a hundred times as much for ten times as many.
+const CONNECTED_WITHIN: Duration = Duration::from_secs(600);
 const KNOWN_WITHIN: Duration = Duration::from_secs(60);
 /// In which nothing changes, before the next change is measured.
+const MIB: f64 = 1024.0 * 1024.0;
 const STILL_FOR: Duration = Duration::from_millis(500);
 
 /// Every agent's egress leads to the service that all of them are behind.
@@ -44,9 +46,13 @@ async fn one_changes(bench: &Bench, world: &World, size: usize) -> anyhow::Resul
     let joins = crowd.join_all(crowd.newcomers(size)?, LINES).await?;
     bench.say(started, "their sessions open");
     let habits = Habits { report_health: false, ..Habits::default() };
+    let opened = Instant::now();
     let members = crowd.stay(joins.joined, habits.clone());
     members.until(CONNECTED_WITHIN, |status| status.connected && status.boots > 0).await?;
+    let first = opened.elapsed().as_secs_f64();
+    bench.say(started, "every agent has its first configuration");
     still(&members).await;
+    let (peak, steady) = (plane.peak_memory()? as f64 / MIB, plane.memory()?.resident as f64 / MIB);
 
     let (mut bytes, mut seconds, mut cpu) = (Vec::new(), Vec::new(), Vec::new());
     for turn in 0..bench.repeat.max(3) {
@@ -69,6 +75,9 @@ async fn one_changes(bench: &Bench, world: &World, size: usize) -> anyhow::Resul
     let message = bytes.first().copied().unwrap_or_default() as usize;
     let floor = writes(size, message)?;
     Ok(vec![
+        Figure::new(format!("mesh, {size} registrations: until all have the whole configuration"), "s", vec![first]),
+        Figure::new(format!("mesh, {size} registrations: peak memory of the plane meanwhile"), "MiB", vec![peak])
+            .against("afterwards", vec![steady]),
         Figure::new(format!("mesh, {size} registrations, one more: bytes to each agent"), "bytes", bytes)
             .against("the whole configuration", vec![whole])
             .goal("as the change, not as the mesh"),

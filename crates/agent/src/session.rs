@@ -18,6 +18,7 @@ use onboarding_wire::onboarding::discovery_service_client::DiscoveryServiceClien
 use onboarding_wire::onboarding::onboarding_authorization_service_client::OnboardingAuthorizationServiceClient;
 use onboarding_wire::onboarding::session_service_client::SessionServiceClient;
 use onboarding_wire::onboarding::workload_registration_service_client::WorkloadRegistrationServiceClient;
+use onboarding_wire::parts::Incoming;
 use onboarding_wire::proof::Purpose;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -27,8 +28,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
+use tonic::Request;
 use tonic::transport::{Channel, Uri};
-use tonic::{Request, Streaming};
 
 /// Where the endpoint is and how it is trusted.
 #[derive(Debug, Clone)]
@@ -171,7 +172,7 @@ pub struct Link {
 #[derive(Debug)]
 pub struct Session {
     pub outgoing: mpsc::Sender<pb::AgentMessage>,
-    pub incoming: Streaming<pb::PlaneMessage>,
+    pub incoming: Incoming,
 }
 
 const DIAL_WITHIN: Duration = Duration::from_secs(10);
@@ -179,8 +180,6 @@ const CALL_WITHIN: Duration = Duration::from_secs(20);
 const LONGEST_PUSHBACK: Duration = Duration::from_secs(600);
 const KEEPALIVE_EVERY: Duration = Duration::from_secs(20);
 const KEEPALIVE_WITHIN: Duration = Duration::from_secs(10);
-/// A complete boot configuration of a large mesh.
-const LARGEST_MESSAGE: usize = 64 * 1024 * 1024;
 
 trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
@@ -361,8 +360,8 @@ impl Link {
         // The channel is empty and has room.
         let _ = outgoing.try_send(hello);
         let request = with_token(tokio_stream::wrappers::ReceiverStream::new(messages), token)?;
-        let mut client = SessionServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE);
-        let incoming = bounded("Session", client.session(request)).await?;
+        let mut client = SessionServiceClient::new(self.channel.clone());
+        let incoming = Incoming::new(bounded("Session", client.session(request)).await?);
         Ok(Session { outgoing, incoming })
     }
 }

@@ -3,6 +3,7 @@
 use crate::audit::{Audit, Entry};
 use crate::backend::{Backend, PlaneSettings, RegistryError, Snapshot};
 use crate::connection::Connection;
+use crate::delivery::Room;
 use crate::lifecycle::{ApplyError, Lifecycle};
 use crate::limits::Rates;
 use crate::metrics::Metrics;
@@ -33,6 +34,7 @@ pub(crate) struct Authority {
     pub(crate) rates: Rates,
     pub(crate) authorizations: Semaphore,
     pub(crate) authorizations_per_connection: u32,
+    pub(crate) room: Room,
     pub(crate) readiness: Readiness,
     pub(crate) stop: CancellationToken,
     pub(crate) replica: String,

@@ -10,6 +10,7 @@ mod authorization;
 pub mod backend;
 pub mod certificate;
 mod connection;
+mod delivery;
 mod lease;
 mod lifecycle;
 pub mod limits;
@@ -25,6 +26,7 @@ use audit::Audit;
 use authority::{Authority, Calls};
 use backend::{Backend, Snapshot};
 use certificate::Certificates;
+use delivery::Room;
 use jiff::Timestamp;
 use lease::Lease;
 use lifecycle::Lifecycle;
@@ -130,6 +132,7 @@ pub async fn start(
         rates: Rates::new(&limits),
         authorizations: Semaphore::new(limits.authorizations),
         authorizations_per_connection: limits.authorizations_per_connection,
+        room: Room::new(limits.configurations),
         replica,
         readiness: readiness.clone(),
         stop: stop.clone(),

@@ -35,6 +35,8 @@ pub struct Limits {
     pub authorizations_per_connection: u32,
     /// Authorizations under way at a time.
     pub authorizations: usize,
+    /// Of large configurations on their way to all agents at a time, in bytes; further ones wait.
+    pub configurations: usize,
     /// HTTP/2 pings to find dead agents.
     pub keepalive_interval: Duration,
     pub keepalive_timeout: Duration,
@@ -67,6 +69,7 @@ impl Default for Limits {
             authorizations_per_second: Self::DEFAULT_AUTHORIZATIONS_PER_SECOND,
             authorizations_per_connection: Self::DEFAULT_AUTHORIZATIONS_PER_CONNECTION,
             authorizations: 1024,
+            configurations: 256 * 1024 * 1024,
             keepalive_interval: Duration::from_secs(20),
             keepalive_timeout: Duration::from_secs(10),
         }

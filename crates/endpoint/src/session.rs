@@ -4,6 +4,7 @@ use crate::authority::{Authority, Caller, Calls, apply_status, registry_status, 
 use crate::authorization::admission;
 use crate::backend::{self, ProvisionError, Snapshot, Workload};
 use crate::connection::Connection;
+use crate::delivery::{self, Delivery, Place, Sent};
 use crate::limits::Budget;
 use crate::metrics::Why;
 use crate::refusal::Refused;
@@ -19,7 +20,6 @@ use pb::plane_message::Message as ToAgent;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 /// How long an agent may take to say hello.
@@ -38,8 +38,6 @@ const LONGEST_HEALTH_MESSAGE: usize = 256;
 /// What a certificate request of any usual key stays below, in bytes.
 const LONGEST_CSR: usize = 16 * 1024;
 
-/// Boxed: a channel holds room for 32 items from its first on, and of ten thousand sessions almost all have none to send.
-type Outgoing = mpsc::Sender<Box<pb::PlaneMessage>>;
 type ToAgents = BoxStream<'static, Result<pb::PlaneMessage, Status>>;
 
 #[tonic::async_trait]
@@ -82,6 +80,8 @@ async fn open(
     let (outgoing, stream) = mpsc::channel(1);
     let workload = Workload { name: claims.subject.clone(), group: claims.group.clone() };
     let boots = authority.backend.provisioner.boot(&workload, &hello.boot_version);
+    let room = authority.room.clone();
+    let boots = boots.then(move |boot| with_room(boot, room.clone())).boxed();
     tracing::info!(registration = %claims.subject, peer = %connection.peer, "connected");
     let session = Session {
         authority,
@@ -90,12 +90,21 @@ async fn open(
         workload,
         session,
         outgoing,
+        delivery: None,
         ended,
         certificates: Budget::new(MOST_CERTIFICATES, MINUTE),
         messages: Budget::new(MOST_MESSAGES, MINUTE),
     };
     tokio::spawn(session.run(request.into_inner(), boots));
-    Ok(ReceiverStream::new(stream).map(|message| Ok(*message)).boxed())
+    Ok(delivery::stream(stream).boxed())
+}
+
+type Boot = Result<(pb::BootConfiguration, Option<Place>), ProvisionError>;
+
+async fn with_room(boot: Result<pb::BootConfiguration, ProvisionError>, room: delivery::Room) -> Boot {
+    let boot = boot?;
+    let place = room.wait(&boot).await;
+    Ok((boot, place))
 }
 
 async fn may_connect(authority: &Authority, claims: &Claims, snapshot: &Snapshot) -> Result<(), Refused> {
@@ -122,13 +131,17 @@ struct Session {
     claims: Arc<Claims>,
     workload: Workload,
     session: String,
-    outgoing: Outgoing,
+    outgoing: mpsc::Sender<Sent>,
+    /// What the agent is taking; the next configuration waits for it.
+    delivery: Option<Box<Delivery>>,
     ended: oneshot::Receiver<EndReason>,
     certificates: Budget,
     messages: Budget,
 }
 
-type Boots = BoxStream<'static, Result<pb::BootConfiguration, ProvisionError>>;
+type Boots = BoxStream<'static, Boot>;
+
+const TAKES_NOTHING: Over = Over::Lost("the agent takes no messages");
 
 /// Why a session is over.
 enum Over {
@@ -167,8 +180,8 @@ impl Session {
         if let Some((reason, message)) = end {
             tracing::info!(registration = %name, reason = reason.as_str_name(), "the session ends");
             let end = pb::SessionEnd { reason: reason.into(), message: message.to_owned() };
-            let end = pb::PlaneMessage { message: Some(ToAgent::End(end)) };
-            let _ = tokio::time::timeout(GOODBYE_WITHIN, self.outgoing.send(Box::new(end))).await;
+            let (end, _) = Sent::new(ToAgent::End(end), None);
+            let _ = tokio::time::timeout(GOODBYE_WITHIN, self.outgoing.send(end)).await;
         }
         self.authority.lifecycle.sessions().closed(&self.session);
         if let Some(reason) = disconnect {
@@ -196,8 +209,12 @@ impl Session {
                     Ok(None) => Err(Over::Lost("the agent closed it")),
                     Err(_) => Err(Over::Lost("it broke")),
                 },
-                boot = boots.next() => match boot {
-                    Some(Ok(boot)) => Box::pin(self.send(ToAgent::Boot(boot))).await,
+                taken = Delivery::ends(&mut self.delivery) => {
+                    self.delivery = None;
+                    if taken { Ok(()) } else { Err(TAKES_NOTHING) }
+                }
+                boot = boots.next(), if self.delivery.is_none() => match boot {
+                    Some(Ok((boot, place))) => Box::pin(self.deliver(ToAgent::Boot(boot), place)).await,
                     Some(Err(error)) => Box::pin(self.no_boot(&error)).await,
                     // It isn't registered any more; what ended it ends the session.
                     None => {
@@ -304,12 +321,19 @@ impl Session {
     }
 
     async fn send(&mut self, message: ToAgent) -> Result<(), Over> {
-        let message = Box::new(pb::PlaneMessage { message: Some(message) });
+        self.deliver(message, None).await
+    }
+
+    async fn deliver(&mut self, message: ToAgent, place: Option<Place>) -> Result<(), Over> {
+        let (message, delivery) = Sent::new(message, place);
         tokio::select! {
-            sent = self.outgoing.send(message) => sent.map_err(|_| Over::Lost("the agent closed it")),
-            reason = &mut self.ended => Err(ended(reason)),
-            () = tokio::time::sleep(PATIENCE) => Err(Over::Lost("the agent takes no messages")),
+            sent = self.outgoing.send(message) => sent.map_err(|_| Over::Lost("the agent closed it"))?,
+            reason = &mut self.ended => return Err(ended(reason)),
+            () = tokio::time::sleep(PATIENCE) => return Err(TAKES_NOTHING),
         }
+        // What needs no room leaves alone what is on its way.
+        self.delivery = delivery.or(self.delivery.take());
+        Ok(())
     }
 }
 

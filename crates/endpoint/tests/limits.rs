@@ -7,7 +7,7 @@ mod support;
 use onboarding_attest::jwt::{Issuer, KeySource};
 use onboarding_endpoint::backend::PlaneSettings;
 use onboarding_endpoint::limits::Limits;
-use onboarding_wire::RETRY_PUSHBACK;
+use onboarding_wire::{RETRY_PUSHBACK, onboarding as pb};
 use rustls_pki_types::ServerName;
 use std::sync::Arc;
 use std::time::Duration;
@@ -47,6 +47,25 @@ async fn handshakes_beyond_the_limit_wait_for_their_turn() {
     agent.discover().await;
     assert_eq!(timeout(SOON, &mut closed).await.unwrap().unwrap(), 0);
     plane.failed_connections("handshake_timeout", 1).await;
+}
+
+#[tokio::test]
+async fn a_large_configuration_waits_until_another_agent_has_taken_its_own() {
+    let limits = Limits { configurations: LARGE, ..Limits::default() };
+    let plane = Plane::start_with(GRACE, limits).await;
+    let (mut first, mut second, mut third) = (plane.agent().await, plane.agent().await, plane.agent().await);
+    let mut slow = first.join(&plane.jwt(&format!("1-{IN_LARGE_MESH}"), "ratings")).await.unwrap();
+    first.discover().await;
+    let mut waiting = second.join(&plane.jwt(&format!("2-{IN_LARGE_MESH}"), "ratings")).await.unwrap();
+    // What is small passes by.
+    waiting.say(pb::agent_message::Message::CertificateRequest(pb::CertificateRequest { csr: Vec::new() })).await;
+    let answer = waiting.hear.message().await.unwrap().unwrap().message;
+    assert!(matches!(answer, Some(pb::plane_message::Message::CertificateRefused(_))), "{answer:?}");
+    third.join(&plane.jwt("vm3", "ratings")).await.unwrap().boot().await;
+    assert!(timeout(Duration::from_secs(1), waiting.boot()).await.is_err(), "there is room for one");
+    assert_eq!(slow.boot().await.version.len(), LARGE);
+    assert_eq!(timeout(SOON, waiting.boot()).await.unwrap().version.len(), LARGE);
+    plane.stop().await;
 }
 
 /// The value that the plane's first SETTINGS frame has for an identifier (RFC 9113, section 6.5).

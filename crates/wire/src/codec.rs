@@ -7,8 +7,8 @@ use tonic_prost::{ProstDecoder, ProstEncoder};
 
 /// What a stream holds before its first message, in bytes; tonic's own codec takes eight times as much.
 const BUFFER: usize = 1024;
-/// From this size on, messages that wait are sent together; tonic's own value.
-const SENT_AT: usize = 32 * 1024;
+/// Messages that wait are sent together until they have this size: the buffer grows no further than for one more part.
+const SENT_AT: usize = crate::parts::LARGEST_PART;
 
 /// The generated services and clients use it.
 #[derive(Debug)]

@@ -4,6 +4,7 @@
 
 pub mod codec;
 pub mod convert;
+pub mod parts;
 pub mod proof;
 pub mod xds;
 

@@ -166,8 +166,10 @@ impl Driver {
                 tracing::warn!(reason = ?reason, why = end.message, "the plane ended the session");
                 self.happened(Event::SessionEnded { reason, message: end.message });
             }
-            // Of a newer plane.
-            None => tracing::debug!("the plane sent a message that this version does not know"),
+            // Of a newer plane; parts come joined.
+            Some(pb::plane_message::Message::Part(_)) | None => {
+                tracing::debug!("the plane sent a message that this version does not know")
+            }
         }
     }
 

@@ -5,6 +5,7 @@ use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair};
 use onboarding_wire::JWT_CREDENTIAL;
 use onboarding_wire::onboarding as pb;
+use onboarding_wire::parts::Incoming;
 use onboarding_wire::proof::{Purpose, signed_bytes};
 use pb::discovery_service_client::DiscoveryServiceClient;
 use pb::onboarding_authorization_service_client::OnboardingAuthorizationServiceClient;
@@ -21,7 +22,7 @@ use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
-use tonic::{Code, Request, Status, Streaming};
+use tonic::{Code, Request, Status};
 
 /// The group that the agent asks for.
 pub const GROUP: (&str, &str) = ("bookinfo", "ratings");
@@ -105,7 +106,7 @@ pub struct Agent {
 
 pub struct Session {
     pub say: mpsc::Sender<pb::AgentMessage>,
-    pub hear: Streaming<pb::PlaneMessage>,
+    pub hear: Incoming,
 }
 
 impl Agent {
@@ -201,7 +202,7 @@ impl Agent {
             .session(self.bearer(ReceiverStream::new(messages)))
             .await?
             .into_inner();
-        Ok(Session { say, hear })
+        Ok(Session { say, hear: Incoming::new(hear) })
     }
 
     pub async fn session(&self) -> Result<Session, Status> {

@@ -175,6 +175,10 @@ impl ConfigSource for Config {
 pub const WITHOUT_MESH: &str = "vm-without-mesh";
 pub const NO_MESH: &str = "there is no such revision; install it";
 
+/// The version of such a workload's boot configuration is this long: more than a connection takes before its agent reads.
+pub const IN_LARGE_MESH: &str = "vm-in-large-mesh";
+pub const LARGE: usize = 4 * 1024 * 1024;
+
 /// One boot configuration, then nothing; certificates are not issued.
 struct Bare;
 
@@ -197,11 +201,8 @@ impl Notices for Told {
 #[async_trait]
 impl Provisioner for Bare {
     fn boot(&self, workload: &Workload, _: &str) -> BoxStream<'static, Result<pb::BootConfiguration, ProvisionError>> {
-        let boot = pb::BootConfiguration {
-            version: "1".to_owned(),
-            spiffe_id: workload.name.to_string(),
-            ..Default::default()
-        };
+        let version = if workload.name.name.contains(IN_LARGE_MESH) { "1".repeat(LARGE) } else { "1".to_owned() };
+        let boot = pb::BootConfiguration { version, spiffe_id: workload.name.to_string(), ..Default::default() };
         let problem = Err(ProvisionError::Refused(NO_MESH.to_owned()));
         let problem = workload.name.name.ends_with(WITHOUT_MESH).then_some(problem);
         let items = problem.into_iter().chain([Ok(boot)]);
