@@ -112,13 +112,17 @@ impl PolicySet {
         }
     }
 
-    /// For a refusal: for each policy of the group's namespace the rule that came furthest, and what stood in its way.
-    /// Walks all of them; at most `limit` reasons, those that came furthest first.
-    pub fn reasons(&self, identity: &Identity, group: &WorkloadGroup, limit: usize) -> Vec<Reason> {
+    /// For a refusal: for each of the first `among` policies of the group's namespace the rule that came furthest, and what stood in its way.
+    /// At most `limit` reasons, those that came furthest first.
+    pub fn reasons(&self, identity: &Identity, group: &WorkloadGroup, among: usize, limit: usize) -> Vec<Reason> {
+        let namespace = &group.name.namespace;
+        let first = self.policies.partition_point(|policy| policy.namespace < *namespace);
         let mut reasons: Vec<(usize, Reason)> = self
             .policies
             .iter()
-            .filter(|policy| policy.namespace == group.name.namespace)
+            .skip(first)
+            .take_while(|policy| policy.namespace == *namespace)
+            .take(among)
             .filter_map(|policy| obstacle::of_policy(policy, identity, group))
             .collect();
         reasons.sort_by_key(|(passed, _)| std::cmp::Reverse(*passed));

@@ -65,7 +65,7 @@ fn decide(policy: Policy, identity: AwsIdentity, group: &WorkloadGroup) -> Resul
     match set.decide(&identity, group) {
         Decision::Allowed { policy, .. } => Ok(policy),
         Decision::Refused => {
-            Err(set.reasons(&identity, group, 10).iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
+            Err(set.reasons(&identity, group, 10, 10).iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
         }
     }
 }
@@ -132,6 +132,46 @@ fn candidates_do_not_grow_with_policies_that_do_not_concern_the_identity() {
     let set = PolicySet::compile(others.chain([narrow()]).collect());
     let identity = Identity::Aws(ec2(Some(proven("ratings-role"))));
     assert_eq!(set.index.candidates("bookinfo", &identity).count(), 1);
+}
+
+#[test]
+fn what_all_policies_name_tells_none_of_them_apart() {
+    let shared = AttributeMatcher { name: "region".to_owned(), values: texts(&["us-east"]) };
+    let policies = (0..1000).map(|i| {
+        let own = AttributeMatcher { name: "role".to_owned(), values: vec![format!("role-{i}"), format!("old-{i}")] };
+        let mut policy = narrow();
+        policy.name = format!("of-{i:04}");
+        policy.rules[0].workloads = vec![Matcher::Jwt(JwtMatcher {
+            issuer: "https://issuer".to_owned(),
+            subjects: Vec::new(),
+            attributes: vec![shared.clone(), own],
+        })];
+        policy
+    });
+    let set = PolicySet::compile(policies.collect());
+    let identity = Identity::Jwt(JwtIdentity {
+        issuer: proven("https://issuer"),
+        subject: proven("vm7"),
+        attributes: [("region", "us-east"), ("role", "role-500")]
+            .map(|(name, value)| {
+                (name.to_owned(), Fact::Proven(Proven::by_attestor(AttributeValue::One(value.to_owned()))))
+            })
+            .into(),
+    });
+    let group = group(&[("app", "ratings")]);
+    assert_eq!(set.decide(&identity, &group), Decision::Allowed { policy: "of-0500".to_owned(), rule: 0 });
+    assert!(set.index.candidates("bookinfo", &identity).count() <= 2);
+}
+
+#[test]
+fn a_refusal_is_explained_by_so_many_policies() {
+    let policies = (0..10).map(|i| Policy { name: format!("no-{i}"), ..narrow() });
+    let set = PolicySet::compile(policies.collect());
+    let (identity, group) = (Identity::Aws(ec2(Some(proven("other")))), group(&[("app", "ratings")]));
+    let names = |among, limit| -> Vec<String> {
+        set.reasons(&identity, &group, among, limit).into_iter().map(|reason| reason.policy).collect()
+    };
+    assert_eq!((names(3, 10).len(), names(10, 2)), (3, texts(&["no-0", "no-1"])));
 }
 
 // ---- the index equals asking every policy ----
@@ -299,6 +339,6 @@ proptest! {
         // A policy that allows it has no reason; each other of the namespace has one.
         let here = policies.iter().filter(|p| p.namespace == "bookinfo");
         let refusing = here.filter(|p| !allows(p, &identity, &group)).count();
-        prop_assert_eq!(set.reasons(&identity, &group, usize::MAX).len(), refusing);
+        prop_assert_eq!(set.reasons(&identity, &group, usize::MAX, usize::MAX).len(), refusing);
     }
 }

@@ -26,6 +26,8 @@ use tonic::{Code, Status};
 
 /// A refusal names so many policies; the audit line too.
 const MOST_REASONS: usize = 3;
+/// Policies that a refusal is explained by: anybody can be refused, so this is not to grow with the mesh. `onboardctl explain` looks at all.
+const MOST_EXPLAINED: usize = 1000;
 /// A status message of that many bytes passes every HTTP/2 header limit, also with each of them escaped.
 const LONGEST_MESSAGE: usize = 2000;
 /// Attestors bound each of their own questions to other servers; this bounds them together.
@@ -224,7 +226,7 @@ pub(crate) fn admission<'a>(
     match snapshot.policies.decide(identity, group) {
         Decision::Allowed { policy, rule } => Ok(Admission { group, policy, rule }),
         Decision::Refused => {
-            let reasons = snapshot.policies.reasons(identity, group, MOST_REASONS);
+            let reasons = snapshot.policies.reasons(identity, group, MOST_EXPLAINED, MOST_REASONS);
             let mut reasons: Vec<String> = reasons.iter().map(ToString::to_string).collect();
             if reasons.is_empty() {
                 reasons.push(format!("there is no OnboardingPolicy in namespace {}", name.namespace));

@@ -144,7 +144,7 @@ impl Admission {
 
     /// What stood in the way in each policy of the group's namespace that doesn't allow it.
     fn obstacles(&self, identity: &Identity, group: &WorkloadGroup) -> Vec<String> {
-        self.policies.reasons(identity, group, usize::MAX).iter().map(ToString::to_string).collect()
+        self.policies.reasons(identity, group, usize::MAX, usize::MAX).iter().map(ToString::to_string).collect()
     }
 
     /// Why the plane of these manifests takes no token of this identity's issuer.

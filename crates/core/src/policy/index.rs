@@ -3,7 +3,7 @@
 //! Each matcher stands under the constraints that tell it apart best. A look-up asks for every combination of the identity's
 //! own facts and "any": eight for AWS, and one or two for each attribute of a JWT.
 
-use super::{AwsComputeMatcher, AwsMatcher, JwtMatcher, Matcher, Policy};
+use super::{AttributeMatcher, AwsComputeMatcher, AwsMatcher, JwtMatcher, Matcher, Policy};
 use crate::identity::{AwsCompute, Fact, Identity};
 use std::collections::HashMap;
 
@@ -116,8 +116,9 @@ impl Index {
             let key = |subject| Key::Jwt { namespace, issuer, subject, attribute: ANY, value: ANY };
             return jwt.subjects.iter().map(|subject| key(self.intern(subject))).collect();
         }
-        // The attribute with the fewest values tells most; one that only has to be there tells least.
-        match jwt.attributes.iter().filter(|a| !a.values.is_empty()).min_by_key(|a| a.values.len()) {
+        // The attribute whose values the fewest matchers ask for tells most; one that only has to be there tells least.
+        let told = jwt.attributes.iter().filter(|attribute| !attribute.values.is_empty());
+        match told.min_by_key(|attribute| (self.load(namespace, issuer, attribute), attribute.values.len())) {
             Some(attribute) => {
                 let name = self.intern(&attribute.name);
                 let key = |value| Key::Jwt { namespace, issuer, subject: ANY, attribute: name, value };
@@ -125,6 +126,16 @@ impl Index {
             }
             None => vec![Key::Jwt { namespace, issuer, subject: ANY, attribute: ANY, value: ANY }],
         }
+    }
+
+    /// How many matchers stand under an attribute's values so far.
+    fn load(&self, namespace: Id, issuer: Id, attribute: &AttributeMatcher) -> usize {
+        let Some(&name) = self.ids.get(&attribute.name) else { return 0 };
+        let under = |value: &String| {
+            let value = *self.ids.get(value)?;
+            self.candidates.get(&Key::Jwt { namespace, issuer, subject: ANY, attribute: name, value }).map(Vec::len)
+        };
+        attribute.values.iter().filter_map(under).sum()
     }
 
     fn lookups(&self, namespace: Id, identity: &Identity) -> Vec<Key> {
