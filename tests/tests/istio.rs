@@ -20,6 +20,7 @@ const SCENARIOS: &[Scenario] = &[
     ("certificates_and_tokens_for_them_are_renewed_while_vms_talk", renewal),
     ("vms_join_through_the_gateway_and_call_each_other", join),
     ("kubectl_shows_who_is_there", kubectl_shows),
+    ("an_unready_application_gets_no_requests", unready),
     ("a_workload_whose_revision_is_missing_is_told_so_until_it_is_put_right", missing_revision),
     ("a_war_that_is_deleted_comes_back", deleted_war),
     ("pilot_agent_and_envoy_alone_are_live_after_a_power_cycle_without_the_plane", power_cycles),
@@ -53,6 +54,19 @@ fn join(world: &mut World) -> anyhow::Result<()> {
         ensure!(status.as_array().is_some_and(|all| all.iter().any(|one| one["proxy"] == proxy.as_str())), "{status}");
         Ok(())
     })?;
+    world.keep(pair);
+    Ok(())
+}
+
+/// What its probe finds reaches istiod by the entry's condition.
+fn unready(world: &mut World) -> anyhow::Result<()> {
+    let pair = world.pair()?;
+    pair.productpage.set_application_ready(false)?;
+    until("an unready application gets nothing", Duration::from_secs(20), || {
+        pair.ratings.call_unanswered("productpage.bookinfo:8080")
+    })?;
+    pair.productpage.set_application_ready(true)?;
+    pair.wait_reachable()?;
     world.keep(pair);
     Ok(())
 }

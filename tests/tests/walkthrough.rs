@@ -15,6 +15,7 @@ use std::time::Duration;
 /// In this order: each goes on from where the one before left the cluster.
 const SCENARIOS: &[Scenario] = &[
     ("from_an_empty_api_server_to_requests_answered", walk),
+    ("the_repository_is_behind_443_of_the_gateway", repository),
     ("external_dns_finds_the_endpoints_name_on_vmgateway", external_dns),
     ("a_plane_that_is_deleted_is_replaced_and_agents_come_back", replaced),
     ("a_certificate_that_is_renewed_in_its_secret_is_served", renewed),
@@ -32,6 +33,23 @@ fn walk(world: &mut World) -> anyhow::Result<()> {
     walkthrough::tell(&mut Story::start(), world, &mut vms)?;
     let (Some(productpage), Some(ratings)) = (vms.pop(), vms.pop()) else { unreachable!() };
     world.keep(Pair { ratings, productpage });
+    Ok(())
+}
+
+/// What the Service's 443 is in a pod of vmgateway leads to the repository, whose certificate is the endpoint's.
+fn repository(world: &mut World) -> anyhow::Result<()> {
+    let pair = world.pair()?;
+    let ca = world.lab().directory().join("endpoint-ca.pem");
+    std::fs::write(&ca, world.ca_certificate())?;
+    let port = "jsonpath={.spec.ports[?(@.port==443)].targetPort}";
+    let port = world.installed()?.kubectl(&["get", "svc", "vmgateway", "-n", "istio-system", "-o", port])?;
+    let there = format!("{ENDPOINT}:443:{}:{port}", world.way_in());
+    let url = format!("https://{ENDPOINT}/install/deb/amd64/onboarding-agent.deb");
+    let ca = ca.to_str().unwrap();
+    let curl = ["-sS", "-m", "10", "--cacert", ca, "--connect-to", &there, "-w", "%{http_code} %{http_version}", &url];
+    let answer = pair.productpage.machine.check("curl", curl)?;
+    ensure!(answer.contains("The repository has no packages yet") && answer.ends_with("404 2"), "{answer}");
+    world.keep(pair);
     Ok(())
 }
 

@@ -34,6 +34,9 @@ pub struct Serve {
     /// Image of `onboarding-plane`.
     #[arg(long, value_name = "IMAGE", default_value = concat!("onboarding-plane:", env!("CARGO_PKG_VERSION")))]
     plane_image: String,
+    /// One more option of `onboarding-plane`, as --grace-period=10m; may be given several times.
+    #[arg(long = "plane-argument", value_name = "OPTION=VALUE", allow_hyphen_values = true)]
+    plane_arguments: Vec<String>,
     /// Image of the package repository.
     #[arg(long, value_name = "IMAGE", default_value = concat!("onboarding-repository:", env!("CARGO_PKG_VERSION")))]
     repository_image: String,
@@ -95,6 +98,7 @@ impl Serve {
             namespace: self.namespace.clone(),
             settings: Settings {
                 plane_image: self.plane_image.clone(),
+                plane_arguments: self.plane_arguments.clone(),
                 repository_image: self.repository_image.clone(),
                 gateway_image: self.gateway_image.clone(),
                 pull_policy: self.image_pull_policy.map(|policy| format!("{policy:?}")),

@@ -37,6 +37,8 @@ pub const DEFAULT_REVISION: &str = "default";
 #[derive(Debug, Clone)]
 pub struct Settings {
     pub plane_image: String,
+    /// Beside those that are rendered.
+    pub plane_arguments: Vec<String>,
     pub repository_image: String,
     /// `auto`: Istio's injection puts its own in.
     pub gateway_image: String,

@@ -397,7 +397,10 @@ fn the_chart_is_installed_upgraded_and_removed() {
     let more = ["--set", "images.pullSecrets={one}", "--set", "images.pullPolicy=Always"];
     let more = [&more[..], &["--set", "images.plane=registry.example/plane:2", "--set", "packages.claim=deb-and-rpm"]]
         .concat();
+    let more = [&more[..], &["--set", "plane.arguments={--grace-period=10m}"]].concat();
     world.helm(&[&["upgrade", "onboarding", CHART][..], &values, &more].concat()).unwrap();
+    // As documented: what was set stays, what the chart has new is as the chart has it.
+    world.helm(&["upgrade", "onboarding", CHART, "--reset-then-reuse-values", "--set", "replicas.max=6"]).unwrap();
     assert_eq!(container("image"), "onboarding-operator:0.2.0");
     // What the chart gives, the program takes.
     let arguments: Vec<String> = serde_json::from_str(&container("args")).unwrap();
@@ -414,6 +417,7 @@ fn the_chart_is_installed_upgraded_and_removed() {
     };
     assert_eq!(pod("onboarding-plane", "containers[0].image"), "registry.example/plane:2");
     assert_eq!(pod("onboarding-plane", "containers[0].imagePullPolicy"), "Always");
+    assert!(pod("onboarding-plane", "containers[0].args").ends_with("\"--grace-period=10m\"]"));
     let claim = "volumes[*].persistentVolumeClaim.claimName";
     assert_eq!(pod("onboarding-repository", claim), "deb-and-rpm");
     drop(operator);

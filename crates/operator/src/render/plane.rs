@@ -32,20 +32,24 @@ pub(super) fn render(all: &Objects<'_>) -> Vec<Value> {
 
 fn deployment(all: &Objects<'_>) -> Value {
     let field = |name: &str, path: &str| json!({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}});
+    let mut arguments = vec!["kubernetes".to_owned()];
+    for (option, value) in [
+        ("--namespace", "$(POD_NAMESPACE)".to_owned()),
+        ("--replica", "$(POD_NAME)".to_owned()),
+        ("--listen", format!("{ANY}:{ENDPOINT_PORT}")),
+        ("--admin-listen", format!("{ANY}:{ADMIN_PORT}")),
+        ("--audit-log", "-".to_owned()),
+        ("--log-format", "json".to_owned()),
+        ("--authorizations-per-second", AUTHORIZATIONS_PER_SECOND.to_string()),
+        ("--connections-per-address", CONNECTIONS_PER_ADDRESS.to_string()),
+    ] {
+        arguments.extend([option.to_owned(), value]);
+    }
+    arguments.extend(all.settings.plane_arguments.iter().cloned());
     let container = json!({
         "name": PLANE,
         "image": all.settings.plane_image,
-        "args": [
-            "kubernetes",
-            "--namespace", "$(POD_NAMESPACE)",
-            "--replica", "$(POD_NAME)",
-            "--listen", format!("{ANY}:{ENDPOINT_PORT}"),
-            "--admin-listen", format!("{ANY}:{ADMIN_PORT}"),
-            "--audit-log", "-",
-            "--log-format", "json",
-            "--authorizations-per-second", AUTHORIZATIONS_PER_SECOND.to_string(),
-            "--connections-per-address", CONNECTIONS_PER_ADDRESS.to_string(),
-        ],
+        "args": arguments,
         "env": [field("POD_NAMESPACE", "metadata.namespace"), field("POD_NAME", "metadata.name")],
         "ports": [
             {"name": "tls-onboarding", "containerPort": ENDPOINT_PORT, "protocol": "TCP"},

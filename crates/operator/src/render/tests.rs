@@ -18,6 +18,7 @@ fn plane(expansion: &str) -> ControlPlane {
 fn settings() -> Settings {
     Settings {
         plane_image: "registry.example/onboarding-plane:1".to_owned(),
+        plane_arguments: vec!["--grace-period=10m".to_owned()],
         repository_image: "registry.example/onboarding-repository:1".to_owned(),
         gateway_image: "auto".to_owned(),
         pull_policy: None,

@@ -2,9 +2,13 @@
 onboarding-operator
 {{- end }}
 
-{{- /* Of the whole cluster: several releases may be in it. */ -}}
+{{- /* Where the ControlPlane, istiod and all that the operator makes are: agents know istiod by this name. */ -}}
+{{- define "onboarding.namespace" -}}
+istio-system
+{{- end }}
+
 {{- define "onboarding.clusterName" -}}
-onboarding-operator-{{ .Values.controlPlaneNamespace }}
+onboarding-operator-{{ (include "onboarding.namespace" .) }}
 {{- end }}
 
 {{- define "onboarding.selector" -}}
