@@ -14,6 +14,7 @@ use std::time::Duration;
 
 const SCENARIOS: &[Scenario] = &[
     ("an_ec2_instance_and_a_host_with_a_jwt_join_and_call_each_other", join_and_call),
+    ("a_host_is_recognised_by_the_metadata_that_answer_there", recognised),
     ("tcp_goes_over_the_mesh_and_a_name_of_dns_out_of_it", tcp_and_dns),
     ("a_workload_that_no_policy_admits_is_told_why_and_joins_once_one_does", refused_then_admitted),
     ("a_withdrawn_policy_ends_session_and_entry_within_a_second", withdrawn),
@@ -65,6 +66,30 @@ fn join_and_call(world: &mut World) -> anyhow::Result<()> {
     }
     world.keep(pair);
     Ok(())
+}
+
+/// `auto`, which is also what happens where no host is named, joins an EC2 instance as one; where one is named nobody is asked.
+fn recognised(world: &mut World) -> anyhow::Result<()> {
+    let mut instance = world.vm("vm5", 15, "ratings", Evidence::ec2("i-00000000000000005", "ratings-role"))?;
+    let elsewhere = world.vm("vm6", 16, "productpage", Evidence::jwt("us-east-datacenter1-vm006"))?;
+    const CUSTOM: &str = "host: {custom: {credential: [{plugin: {name: of-nobody}}]}}\n";
+    const AUTO: &str = "host: {auto: {}}\n";
+    for (vm, host, expected) in [
+        (&elsewhere, AUTO, "FAIL  host: no platform was recognised"),
+        (&instance, CUSTOM, "OK    host: custom (credential plugins: of-nobody"),
+        (&instance, "", "OK    host: AWS EC2 instance"),
+        (&instance, AUTO, "OK    host: AWS EC2 instance"),
+    ] {
+        let configuration = format!(
+            "apiVersion: config.agent.onboarding.tetrate.io/v1alpha1\nkind: AgentConfiguration\n{host}sidecar: {{envoy: {{}}}}\n"
+        );
+        std::fs::write(vm.file("agent.config.yaml"), configuration)?;
+        let said = vm.agent_verb(&["check"])?.stdout;
+        ensure!(said.lines().any(|line| line.starts_with(expected)), "{host:?}: no {expected:?} in\n{said}");
+    }
+    instance.join()?;
+    until("it is connected", Duration::from_secs(20), || world.connected(&instance.registration()))?;
+    instance.stop_agent().map(drop)
 }
 
 /// New listeners and services reach sidecars that run.

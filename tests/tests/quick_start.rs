@@ -57,6 +57,7 @@ fn run(lab: &Lab) -> anyhow::Result<String> {
     ] {
         anyhow::ensure!(output.contains(expected), "the output lacks {expected:?}:\n{output}");
     }
+    shown_as_said(&ended.stdout, &ended.stderr)?;
     documented_metrics(&std::fs::read_to_string(machine.directory().join("quick-start/metrics.txt"))?)?;
     Ok(output)
 }
@@ -70,6 +71,33 @@ fn commands() -> String {
 
 fn blocks(page: &str) -> String {
     page.split("```sh\n").skip(1).filter_map(|rest| rest.split("```\n").next()).collect()
+}
+
+/// What the page shows as the programs' words is what they say, but for numbers, paths and how wide a column is.
+fn shown_as_said(stdout: &str, stderr: &str) -> anyhow::Result<()> {
+    let said = without_particulars(stdout).join("\n");
+    // Where a note's place among the rest is nobody can say.
+    let notes = without_particulars(stderr);
+    let page = include_str!("../../docs/quick-start.md");
+    let blocks: Vec<_> = page.split("```text\n").skip(1).filter_map(|rest| rest.split("```\n").next()).collect();
+    anyhow::ensure!(blocks.len() == 3, "{} blocks of output are on the page", blocks.len());
+    for block in blocks {
+        // Of a long line the page shows the beginning; it is the last of its block.
+        let mut shown = without_particulars(block.split(" ...").next().unwrap());
+        shown.retain(|line| !notes.contains(line));
+        let shown = shown.join("\n");
+        anyhow::ensure!(said.contains(&shown), "the page shows\n{shown}\nand the programs say\n{said}");
+    }
+    Ok(())
+}
+
+fn without_particulars(text: &str) -> Vec<String> {
+    let word = |word: &str| match word.starts_with('/') {
+        true => "PATH".to_owned(),
+        false => word.split(|c: char| c.is_ascii_digit()).filter(|part| !part.is_empty()).collect::<Vec<_>>().join("#"),
+    };
+    let line = |line: &str| line.split_whitespace().map(word).collect::<Vec<_>>().join(" ");
+    text.lines().map(line).collect()
 }
 
 /// What stands between the lines of the agent reference, of operations, of the policy reference and of the standalone mesh.

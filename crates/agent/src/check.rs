@@ -290,7 +290,7 @@ pub fn parse_listening(table: &str) -> Vec<SocketAddr> {
         .collect()
 }
 
-/// An application on every address of an ingress listener's port blocks the sidecar, and can be reached around it.
+/// An application on every address can be reached around the sidecar, and blocks it where the ingress listener has the same port.
 fn application(ingress: &[Ingress], listening: &[SocketAddr], own: &[IpAddr]) -> Vec<Finding> {
     let mut findings = Vec::new();
     for ingress in ingress {
@@ -313,7 +313,21 @@ fn application(ingress: &[Ingress], listening: &[SocketAddr], own: &[IpAddr]) ->
             continue;
         }
         let endpoint = ingress.default_endpoint.parse::<SocketAddr>().ok();
+        let on_every_address = |endpoint: SocketAddr| {
+            listening.iter().find(|address| address.port() == endpoint.port() && address.ip().is_unspecified())
+        };
         match endpoint {
+            // Istio reads 0.0.0.0 as the host's own address. The sidecar itself may be the one that listens there.
+            Some(endpoint) if endpoint.ip().is_unspecified() || own.contains(&endpoint.ip()) => findings.push(finding(
+                "application",
+                Verdict::Warn,
+                format!("the Sidecar's defaultEndpoint {endpoint} is an address that others reach, around the sidecar; use 127.0.0.1:{}", endpoint.port()),
+            )),
+            Some(endpoint) if let Some(address) = on_every_address(endpoint) => findings.push(finding(
+                "application",
+                Verdict::Warn,
+                format!("something listens on {address}, which is every address of this host: the application can be reached around the sidecar's port {port}. Let it listen on {endpoint} only"),
+            )),
             Some(endpoint) if !listening.contains(&endpoint) => findings.push(finding(
                 "application",
                 Verdict::Warn,
@@ -324,14 +338,6 @@ fn application(ingress: &[Ingress], listening: &[SocketAddr], own: &[IpAddr]) ->
                 Verdict::Ok,
                 format!("port {port} is the sidecar's, and the application is behind it"),
             )),
-        }
-        // The sidecar itself may be the one that listens there.
-        if let Some(endpoint) = endpoint.filter(|endpoint| own.contains(&endpoint.ip())) {
-            findings.push(finding(
-                "application",
-                Verdict::Warn,
-                format!("the Sidecar's defaultEndpoint {endpoint} is an address that others reach, around the sidecar; use 127.0.0.1"),
-            ));
         }
     }
     findings

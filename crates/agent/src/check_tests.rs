@@ -26,14 +26,33 @@ fn an_application_on_every_address_is_found() {
 }
 
 #[test]
+fn an_application_on_every_address_of_a_port_of_its_own_is_reached_around_the_sidecar() {
+    for all in ["0.0.0.0:9080", "[::]:9080"] {
+        let findings = application(&ingress(8080, "127.0.0.1:9080"), &addresses(&["10.0.0.4:8080", all]), &[]);
+        assert_eq!(verdicts(&findings), [Verdict::Warn], "{findings:?}");
+        for words in [all, "reached around the sidecar's port 8080", "Let it listen on 127.0.0.1:9080 only"] {
+            assert!(findings[0].message.contains(words), "{}", findings[0]);
+        }
+    }
+    let findings = application(&ingress(8080, "127.0.0.1:9080"), &addresses(&["0.0.0.0:22", "127.0.0.1:9080"]), &[]);
+    assert_eq!(verdicts(&findings), [Verdict::Ok], "{findings:?}");
+    // Where the Sidecar asks for it the application can do nothing.
+    for listening in ["0.0.0.0:9080", "10.0.0.4:9080"] {
+        let findings = application(&ingress(8080, "0.0.0.0:9080"), &addresses(&[listening]), &[]);
+        assert_eq!(verdicts(&findings), [Verdict::Warn]);
+        assert!(findings[0].message.contains("defaultEndpoint 0.0.0.0:9080"), "{}", findings[0]);
+    }
+}
+
+#[test]
 fn an_application_that_is_not_there_or_beside_the_sidecar_is_a_warning() {
     let findings = application(&ingress(8080, "127.0.0.1:8080"), &[], &[]);
     assert_eq!(verdicts(&findings), [Verdict::Warn]);
     assert!(findings[0].message.contains("nothing listens on 127.0.0.1:8080"));
     let own = ["10.0.0.4".parse().unwrap()];
     let findings = application(&ingress(8080, "10.0.0.4:9090"), &addresses(&["10.0.0.4:9090"]), &own);
-    assert_eq!(verdicts(&findings), [Verdict::Ok, Verdict::Warn]);
-    assert!(findings[1].message.contains("around the sidecar"));
+    assert_eq!(verdicts(&findings), [Verdict::Warn]);
+    assert!(findings[0].message.contains("around the sidecar"));
 }
 
 #[test]

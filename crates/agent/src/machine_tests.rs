@@ -412,6 +412,17 @@ fn a_stop_says_goodbye_waits_drains_and_ends() {
 }
 
 #[test]
+fn the_unit_waits_for_the_longest_goodbye() {
+    let unit = include_str!("../../../packaging/onboarding-agent/onboarding-agent.service");
+    let within = unit.lines().find_map(|line| line.strip_prefix("TimeoutStopSec=")?.strip_suffix('s')).unwrap();
+    let within = SignedDuration::from_secs(within.parse().unwrap());
+    let longest = UNREGISTER_WITHIN + LONGEST_PROPAGATION + SIDECAR_WITHIN;
+    assert!(within > longest, "systemd kills after {within}, a goodbye takes up to {longest}");
+    // ECS kills a container after this, where the task definition says nothing else.
+    assert!(longest < SignedDuration::from_secs(30), "{longest}");
+}
+
+#[test]
 fn a_stop_without_the_plane_is_orderly_too() {
     let mut agent = Agent::connected();
     agent.step(100, lost());

@@ -249,3 +249,7 @@ fn ahead(now: Timestamp, then: Timestamp) -> String {
 fn ends(now: Timestamp, end: Timestamp) -> String {
     if end > now { format!("expires {}", ahead(now, end)) } else { format!("EXPIRED {}", ago(now, end)) }
 }
+
+#[cfg(test)]
+#[path = "status_tests.rs"]
+mod tests;

@@ -3,6 +3,7 @@
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use onboarding_testkit::cms::RegionKey;
 mod support;
 
 use std::io::{BufRead, BufReader, Read};
@@ -130,9 +131,35 @@ fn where_it_listens_on_any_address_it_is_reached_by_ipv4_and_ipv6() {
 #[test]
 fn it_warns_of_whom_it_believes_besides_aws() {
     let dir = tempfile::tempdir().unwrap();
-    let mut plane = Plane::start(dir.path(), &["--aws-sts-endpoint", "http://127.0.0.1:1"]);
-    let warning = plane.line("STS is not asked at AWS: whoever answers there decides who has which role");
-    assert_eq!((&warning["level"], &warning["endpoint"]), (&"WARN".into(), &"http://127.0.0.1:1".into()));
+    // Of a region, and a CA as good as any.
+    let file = dir.path().join("certificate.pem");
+    std::fs::write(&file, RegionKey::generate("us-east-2").unwrap().pinned()).unwrap();
+    let file = file.to_str().unwrap();
+    let mut plane = Plane::start(
+        dir.path(),
+        &["--aws-sts-endpoint", "http://127.0.0.1:1", "--aws-extra-certificates", file, "--jwks-extra-roots", file],
+    );
+    for (message, field, value) in [
+        ("STS is not asked at AWS: whoever answers there decides who has which role", "endpoint", "http://127.0.0.1:1"),
+        ("identity documents that AWS did not sign are accepted: whoever has those keys is any instance", "file", file),
+        ("issuers' servers may have certificates of further CAs", "file", file),
+    ] {
+        let warning = plane.line(message);
+        assert_eq!((&warning["level"], &warning[field]), (&"WARN".into(), &value.into()), "{warning}");
+    }
+    // And it serves with them.
+    plane.line("the endpoint listens");
+}
+
+/// Nobody is warned who asked for nothing.
+#[test]
+fn it_warns_of_nobody_where_it_believes_aws_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut plane = Plane::start(dir.path(), &[]);
+    plane.line("the endpoint listens");
+    for words in ["STS is not asked at AWS", "AWS did not sign", "further CAs"] {
+        assert!(!plane.seen.contains(words), "{}", plane.seen);
+    }
 }
 
 #[test]

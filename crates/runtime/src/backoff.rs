@@ -42,6 +42,25 @@ mod tests {
     use super::*;
     use std::collections::BTreeSet;
 
+    const FIRST: Duration = Duration::from_millis(100);
+    const LONGEST: Duration = Duration::from_secs(30);
+
+    #[test]
+    fn waits_grow_apart_to_a_longest_one_and_begin_anew_after_a_success() {
+        let mut series: Vec<_> = (0..100).map(|_| Backoff::new(FIRST, LONGEST)).collect();
+        // Doubled each time, up to the longest; and a part of that, drawn, on top of it.
+        for doubled in [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300].map(|factor| FIRST * factor) {
+            let drawn: BTreeSet<_> = series.iter_mut().map(Backoff::next_delay).collect();
+            assert!(drawn.iter().all(|delay| (doubled..=doubled * 2).contains(delay)), "{doubled:?}: {drawn:?}");
+            assert!(drawn.len() > 90 && drawn.last().unwrap() > &(doubled * 3 / 2), "{doubled:?}: {drawn:?}");
+        }
+        // For ever.
+        let mut one = series.remove(0);
+        assert!((0..10_000).all(|_| one.next_delay() >= LONGEST));
+        one.reset();
+        assert!(one.next_delay() <= FIRST * 2);
+    }
+
     #[test]
     fn those_who_were_sent_away_together_come_back_apart() {
         let asked = Duration::from_secs(10);

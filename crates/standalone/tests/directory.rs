@@ -6,6 +6,7 @@ use onboarding_core::name::GroupName;
 use onboarding_endpoint::backend::{ConfigSource, Snapshot};
 use onboarding_standalone::directory::{ManifestDirectory, OtherFaults};
 use onboarding_standalone::mesh::MeshConfig;
+use prometheus_client::registry::Registry;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::sync::Arc;
@@ -21,6 +22,7 @@ struct Followed {
     snapshot: watch::Receiver<Arc<Snapshot>>,
     mesh: watch::Receiver<Arc<MeshConfig>>,
     mesh_faults: watch::Sender<Vec<String>>,
+    metrics: Registry,
     _stop: tokio_util::sync::DropGuard,
 }
 
@@ -28,9 +30,9 @@ fn follow(root: &Path) -> Followed {
     let stop = CancellationToken::new();
     let mesh_faults = watch::Sender::new(Vec::new());
     let others = OtherFaults { own: Box::new(Vec::new), mesh: mesh_faults.subscribe() };
-    let mut metrics = prometheus_client::registry::Registry::default();
+    let mut metrics = Registry::default();
     let (directory, _task) = ManifestDirectory::start(root, UID.to_owned(), others, &mut metrics, stop.clone());
-    Followed { snapshot: directory.watch(), mesh: directory.mesh(), mesh_faults, _stop: stop.drop_guard() }
+    Followed { snapshot: directory.watch(), mesh: directory.mesh(), mesh_faults, metrics, _stop: stop.drop_guard() }
 }
 
 impl Followed {
@@ -48,6 +50,17 @@ impl Followed {
         let waited = tokio::time::timeout(BOUND, self.mesh.wait_for(|mesh| wanted(mesh))).await;
         let found = waited.map(|found| found.unwrap().clone());
         found.unwrap_or_else(|_| panic!("not within {BOUND:?}: {what}; last: {:#?}", self.mesh.borrow()))
+    }
+
+    /// `onboarding_manifests_policy_unreadable` and `onboarding_manifests_stale_files`, set before a snapshot is seen.
+    fn alarms(&self) -> (u32, u32) {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &self.metrics).unwrap();
+        let value = |name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(&format!("onboarding_manifests_{name} ")));
+            line.unwrap_or_else(|| panic!("{name}\n{text}")).parse().unwrap()
+        };
+        (value("policy_unreadable"), value("stale_files"))
     }
 }
 
@@ -271,6 +284,7 @@ async fn what_cannot_be_read_admits_nobody_while_the_mesh_goes_on() {
     let mut followed = follow(root);
     assert_eq!(policies(&followed.now()), ["a", "other"]);
     let before = followed.mesh.borrow().clone();
+    assert_eq!(followed.alarms(), (0, 0));
 
     // A rule that is wrong: that policy alone is absent; the mesh's part of the file is whole.
     replace(root, "all.yaml", &all(&policy("a").replace("'123456789012'", "'12'")));
@@ -278,12 +292,14 @@ async fn what_cannot_be_read_admits_nobody_while_the_mesh_goes_on() {
     assert_eq!(policies(&snapshot), ["other"]);
     assert!(snapshot.faults.iter().any(|fault| fault.contains("OnboardingPolicy bookinfo/a")), "{:?}", snapshot.faults);
     assert!(snapshot.groups.contains_key(&ratings()));
+    assert_eq!(followed.alarms(), (1, 0));
 
     // Rubbish: all of the file is absent for authorization, and the mesh stays what it was.
     replace(root, "all.yaml", "a: [b\n");
     let snapshot = followed.until("absent", |snapshot| !snapshot.groups.contains_key(&ratings())).await;
     assert!(snapshot.policy_unreadable && policies(&snapshot) == ["other"]);
     assert_eq!(*followed.mesh.borrow(), before);
+    assert_eq!(followed.alarms(), (1, 1));
 
     // Not even a file.
     std::fs::remove_file(root.join("all.yaml")).unwrap();
@@ -299,10 +315,12 @@ async fn what_cannot_be_read_admits_nobody_while_the_mesh_goes_on() {
     let snapshot = followed.until("readable", |snapshot| policies(snapshot) == ["a", "other"]).await;
     assert!(!snapshot.policy_unreadable && !snapshot.faults.is_empty(), "{:?}", snapshot.faults);
     assert_eq!(*followed.mesh.borrow(), before);
+    assert_eq!(followed.alarms(), (0, 1));
 
     // Right again; then gone, which is meant.
     replace(root, "all.yaml", &all(&policy("a")).replace("port: 8080", "port: 8081"));
     followed.until_mesh("the new port", |mesh| mesh.services[0].ports[0].number == 8081).await;
+    assert_eq!(followed.alarms(), (0, 0));
     std::fs::remove_file(root.join("all.yaml")).unwrap();
     followed.until_mesh("gone", |mesh| mesh.services.is_empty() && mesh.groups.is_empty()).await;
 }

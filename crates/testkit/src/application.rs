@@ -217,6 +217,7 @@ async fn request(client: &Client<HttpConnector, Empty<Bytes>>, load: &Load) -> a
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::eventually::eventually;
 
     #[test]
     fn the_last_element_of_the_header_is_the_caller() {
@@ -230,7 +231,7 @@ mod tests {
     async fn a_caller_counts_answers_and_failures() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let connect_to = listener.local_addr().unwrap();
-        let server = tokio::spawn(serve(listener, "one".to_owned()));
+        tokio::spawn(serve(listener, "one".to_owned()));
         let load = Load {
             connect_to,
             host: "one.example:8080".to_owned(),
@@ -240,20 +241,29 @@ mod tests {
         };
         let (stop, stopped) = watch::channel(false);
         let caller = tokio::spawn(call(load.clone(), stopped));
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        let client: Client<_, Empty<Bytes>> = Client::builder(TokioExecutor::new()).build(HttpConnector::new());
+        eventually("answers", Duration::from_secs(20), async || {
+            let count = client.get(format!("http://{connect_to}/count").parse().unwrap()).await.unwrap();
+            let count = count.into_body().collect().await.unwrap().to_bytes();
+            if std::str::from_utf8(&count).unwrap().parse::<u64>().unwrap() > 10 { Ok(()) } else { Err(count) }
+        })
+        .await;
         stop.send(true).unwrap();
         let outcome = caller.await.unwrap();
         assert!(outcome.sent > 10 && outcome.failed == 0, "{outcome:?}");
         assert_eq!(outcome.answered_by.get("one"), Some(&outcome.sent));
 
-        server.abort();
-        let _ = server.await;
+        let closing = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let load = Load { connect_to: closing.local_addr().unwrap(), ..load };
         let (stop, stopped) = watch::channel(false);
         let caller = tokio::spawn(call(load, stopped));
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        for _ in 0..5 {
+            drop(closing.accept().await.unwrap());
+        }
+        drop(closing);
         stop.send(true).unwrap();
         let outcome = caller.await.unwrap();
-        assert!(outcome.sent > 1 && outcome.failed == outcome.sent, "{outcome:?}");
+        assert!(outcome.sent >= 5 && outcome.failed == outcome.sent, "{outcome:?}");
     }
 
     #[tokio::test]

@@ -178,6 +178,12 @@ async fn answers_that_make_no_sense_are_refused() {
 }
 
 #[tokio::test]
+async fn a_host_whose_metadata_service_gives_a_token_is_recognised() {
+    let metadata = Service::start().await;
+    Ec2::new(metadata.address).recognise().await.unwrap();
+}
+
+#[tokio::test]
 async fn a_host_without_a_metadata_service_is_not_recognised_quickly() {
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let started = std::time::Instant::now();

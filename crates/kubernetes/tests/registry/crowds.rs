@@ -74,13 +74,18 @@ pub(super) async fn the_api_server_goes_and_comes(cluster: &Cluster) {
         ..a.live(&name).await.0
     };
     let state = live_state(&lost);
+    let retried = a.retried();
     let store = a.registry.store(&name, version, &state);
     let thaw = async {
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        let deadline = Instant::now() + WITHIN;
+        while a.retried() == retried {
+            assert!(Instant::now() < deadline, "no try is given up");
+            pause().await;
+        }
         cluster.freeze_api(false).unwrap();
     };
     let (stored, ()) = tokio::join!(store, thaw);
-    // It may have been written by a try that was given up, which the next one finds.
+    // It may have been written by the try that was given up, which the next one finds.
     assert!(matches!(stored, Ok(_) | Err(RegistryError::Conflict)), "{stored:?}");
     b.until(&name, "the loss", |stored| stored.state == state).await;
 

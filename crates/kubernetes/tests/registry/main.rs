@@ -148,12 +148,27 @@ impl Plane {
         }
     }
 
+    fn metrics(&self) -> String {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &self.metrics).unwrap();
+        text
+    }
+
+    /// How many tries to write a war were given up and made again.
+    fn retried(&self) -> u64 {
+        let text = self.metrics();
+        let lines = text.lines().filter(|line| {
+            line.starts_with("onboarding_registry_api_requests_total{request=\"update war")
+                && line.contains("outcome=\"retried\"")
+        });
+        lines.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
+    }
+
     /// How many requests of each kind were made. What others can see already may not be counted yet: none is under way.
     async fn requests<const N: usize>(&self, kinds: [&str; N]) -> [u64; N] {
         let deadline = Instant::now() + WITHIN;
         loop {
-            let mut text = String::new();
-            prometheus_client::encoding::text::encode(&mut text, &self.metrics).unwrap();
+            let text = self.metrics();
             let sum = |line: &str| {
                 let counts = text.lines().filter(|it| it.starts_with(line)).filter_map(|it| it.rsplit(' ').next());
                 counts.map(|count| count.parse::<u64>().unwrap()).sum::<u64>()

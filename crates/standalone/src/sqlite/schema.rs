@@ -127,3 +127,22 @@ fn is_damage(error: &anyhow::Error) -> bool {
             .and_then(rusqlite::Error::sqlite_error_code)
             .is_some_and(|code| matches!(code, DatabaseCorrupt | NotADatabase))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What was acknowledged is on the disk: a crash of the machine can't be made here, and these are what it rests on.
+    #[test]
+    fn a_commit_is_synced_whether_the_file_is_new_or_was_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("registry.sqlite");
+        for _ in 0..2 {
+            let (connection, ..) = open(&path).unwrap();
+            let mode: String = connection.query_row("PRAGMA journal_mode", [], |row| row.get(0)).unwrap();
+            let synchronous: i64 = connection.query_row("PRAGMA synchronous", [], |row| row.get(0)).unwrap();
+            // 2 is FULL: the log is synced at every commit; 1, NORMAL, wouldn't be enough with it.
+            assert_eq!((mode.as_str(), synchronous), ("wal", 2));
+        }
+    }
+}
