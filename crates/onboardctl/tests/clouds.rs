@@ -30,7 +30,7 @@ fn of_sh(script: &str, shell: &str) {
 
 #[test]
 fn the_task_definition_is_one_and_its_documents_are_without_faults() {
-    let definition: Value = serde_json::from_str(&read("examples/ecs/task-definition")).unwrap();
+    let definition: Value = serde_json::from_str(&read("docs/ecs/task-definition")).unwrap();
     assert_eq!(definition["networkMode"], "awsvpc");
     assert!(definition["taskRoleArn"].as_str().unwrap().ends_with(":role/ratings-role"));
     let containers = definition["containerDefinitions"].as_array().unwrap();
@@ -44,7 +44,7 @@ fn the_task_definition_is_one_and_its_documents_are_without_faults() {
     without_a_fault(&variable("AGENT_CONFIG"));
     assert_eq!(agent["secrets"][0]["name"], "ONBOARDING_AGENT_ROOT_CERTS");
     // The role that the policy beside it admits, and no more than the image needs.
-    assert!(read("examples/ecs/onboardingpolicy.yaml").contains("- ratings-role\n"));
+    assert!(read("docs/ecs/onboardingpolicy.yaml").contains("- ratings-role\n"));
     assert_eq!(agent["user"], "65532:65532");
     assert_eq!(agent["readonlyRootFilesystem"], true);
     assert_eq!(agent["linuxParameters"]["capabilities"]["drop"], serde_json::json!(["ALL"]));
@@ -59,7 +59,7 @@ fn the_task_definition_is_one_and_its_documents_are_without_faults() {
 
 #[test]
 fn user_data_of_cloud_init_is_yaml_of_modules_that_it_has() {
-    let text = read("examples/cloud-init/user-data");
+    let text = read("docs/cloud-init/user-data");
     assert!(text.starts_with("#cloud-config\n"));
     let data: serde_json::Map<String, Value> = serde_yaml_ng::from_str(&text).unwrap();
     assert_eq!(data.keys().map(String::as_str).collect::<Vec<_>>(), ["packages", "write_files", "runcmd"]);
@@ -85,7 +85,7 @@ fn user_data_of_cloud_init_is_yaml_of_modules_that_it_has() {
 
 #[test]
 fn user_data_of_aws_is_a_script_that_does_what_the_requirement_says() {
-    let script = read("examples/cloud-init/user-data.sh");
+    let script = read("docs/cloud-init/user-data.sh");
     of_sh(&script, "bash");
     let (_, rest) = script.split_once("<<YAML\n").unwrap();
     let (document, _) = rest.split_once("\nYAML\n").unwrap();

@@ -1,4 +1,4 @@
-//! What is shipped, as the program sees it: `examples/` and the demo's manifests have no fault, `docs/identities/` is decided upon.
+//! What is shipped, as the program sees it: `examples/`, `docs/ecs/` and the demo's manifests have no fault, `docs/identities/` is decided upon.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
 mod tool;
@@ -17,7 +17,7 @@ fn shipped(path: &str) -> String {
 
 #[test]
 fn no_manifest_has_a_fault() {
-    for directory in ["examples", "demo/manifests"] {
+    for directory in ["examples", "docs/ecs", "demo/manifests"] {
         let ended = Dir::new().run(&["lint", &shipped(directory)]).is(0).silent();
         assert_eq!(ended.stderr, "", "{directory}");
     }
@@ -26,7 +26,7 @@ fn no_manifest_has_a_fault() {
 /// Under these policies of `examples/`, and its group.
 fn explain(identity: &str, policies: &[&str]) -> Ended {
     let files = policies.iter().map(|name| match *name {
-        "ecs" => "examples/ecs/onboardingpolicy.yaml".to_owned(),
+        "ecs" => "docs/ecs/onboardingpolicy.yaml".to_owned(),
         name => format!("examples/onboardingpolicy-{name}.yaml"),
     });
     let files: Vec<String> =

@@ -54,9 +54,13 @@ download() {
     (cd "$work" && sha256sum --check "$2.sha256") || fail "$2 is not what its checksum says"
 }
 
+# A file that somebody edited stays, and a new one lies beside it (.dpkg-dist, .rpmnew): dpkg would ask, and give up where nobody
+# is there to answer. At first boot unattended-upgrades may hold dpkg's lock for minutes.
 install_packages() {
     case $format in
-        deb) DEBIAN_FRONTEND=noninteractive apt-get install -y "$@" ;;
+        deb)
+            DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 -o Dpkg::Options::=--force-confold install -y "$@"
+            ;;
         rpm) if command -v dnf >/dev/null; then dnf install -y "$@"; else yum install -y "$@"; fi ;;
     esac
 }

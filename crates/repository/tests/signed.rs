@@ -278,20 +278,21 @@ struct Dnf<'a> {
 }
 
 impl<'a> Dnf<'a> {
+    /// With what an administrator is told to write down.
     fn new(world: &'a World) -> Self {
         Self::with_key(world, &world.repository.local("/install/onboarding.asc"))
     }
 
+    /// The same with the key from elsewhere.
     fn with_key(world: &'a World, key: &str) -> Self {
+        let host = world.repository.local("");
+        let told = published::setup(host.trim_start_matches("https://"), None);
+        let (_, repository) = told.split_once("/etc/yum.repos.d/onboarding.repo\n").unwrap();
+        let repository = repository.replace(&world.repository.local("/install/onboarding.asc"), key);
         let root = tempfile::tempdir().unwrap();
         for directory in ["repos", "log"] {
             fs::create_dir_all(root.path().join(directory)).unwrap();
         }
-        let repository = format!(
-            "[onboarding]\nname=x\nbaseurl={}\nenabled=1\ngpgcheck=1\nrepo_gpgcheck=1\ngpgkey={key}\nsslcacert={}\nretries=1\n",
-            world.repository.local("/install/yum/x86_64"),
-            world.repository.dir.path().join("ca.pem").display()
-        );
         fs::write(root.path().join("repos/onboarding.repo"), repository).unwrap();
         Self { world, root }
     }
@@ -301,6 +302,9 @@ impl<'a> Dnf<'a> {
         let mut dnf = Command::new("dnf");
         dnf.arg(format!("--installroot={}", at("installed"))).arg(format!("--setopt=reposdir={}", at("repos")));
         dnf.arg(format!("--setopt=cachedir={}", at("cache"))).arg(format!("--setopt=logdir={}", at("log")));
+        // The CA of a test is none that this machine trusts.
+        let ca = self.world.repository.dir.path().join("ca.pem");
+        dnf.arg(format!("--setopt=sslcacert={}", ca.display())).arg("--setopt=retries=1");
         dnf.args(["--releasever=9", "--forcearch=x86_64", "--assumeyes", "--refresh", "--noplugins"]).args(arguments);
         dnf.env("LC_ALL", "C").env("HOME", self.root.path()).output().unwrap()
     }
