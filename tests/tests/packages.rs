@@ -7,6 +7,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use onboarding_testkit::netns::test_inside;
 use onboarding_testkit::process::{self, Ended};
 use onboarding_tests::guest::debian;
+use onboarding_tests::world::binary;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Duration;
@@ -15,6 +16,7 @@ type Check = fn(&Path) -> anyhow::Result<()>;
 
 const CHECKS: &[(&str, Check)] = &[
     ("lintian_and_rpmlint_find_no_error", linted),
+    ("they_hold_programs_manuals_completions_licences_and_bills_of_materials", contents),
     ("maintainer_scripts_are_posix_shell_without_faults", scripts),
     ("rpms_are_installed_upgraded_and_erased", rpms),
     ("they_are_installed_run_and_are_purged_on_the_oldest_and_the_newest_debian", userlands),
@@ -87,6 +89,70 @@ fn linted(_: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Paths in every package of that name, and more of DEBs and of RPMs.
+type Held = [&'static [&'static str]; 3];
+
+const AGENT: Held = [
+    &[
+        "/usr/bin/onboarding-agent",
+        "/usr/lib/systemd/system/onboarding-agent.service",
+        "/etc/onboarding-agent/onboarding.config.yaml",
+        "/etc/onboarding-agent/agent.config.yaml",
+        "/usr/share/man/man8/onboarding-agent.8.gz",
+        "/usr/share/man/man5/onboarding.config.yaml.5.gz",
+        "/usr/share/man/man5/agent.config.yaml.5.gz",
+        "/usr/share/bash-completion/completions/onboarding-agent",
+        "/usr/share/fish/vendor_completions.d/onboarding-agent.fish",
+        "/usr/share/doc/onboarding-agent/copyright",
+        "/usr/share/doc/onboarding-agent/changelog.gz",
+        "/usr/share/doc/onboarding-agent/third-party-licences.txt.gz",
+        "/usr/share/doc/onboarding-agent/onboarding-agent.cdx.json",
+    ],
+    &["/usr/share/zsh/vendor-completions/_onboarding-agent"],
+    &["/usr/share/zsh/site-functions/_onboarding-agent", "/usr/share/licenses/onboarding-agent/LICENSE"],
+];
+const SIDECAR: Held = [
+    &[
+        "/usr/local/bin/envoy",
+        "/usr/local/bin/pilot-agent",
+        "/usr/local/bin/istio-start.sh",
+        "/usr/lib/systemd/system/istio.service",
+        "/var/lib/istio/envoy/envoy_bootstrap_tmpl.json",
+        "/var/lib/istio/envoy/sidecar.env",
+        "/usr/share/doc/istio-sidecar/copyright",
+        "/usr/share/doc/istio-sidecar/changelog.gz",
+        "/usr/share/doc/istio-sidecar/third-party-licences.txt.gz",
+        "/usr/share/doc/istio-sidecar/istio-sidecar.cdx.json",
+    ],
+    &[],
+    &["/usr/share/licenses/istio-sidecar/LICENSE"],
+];
+
+/// The recipes let some of it be absent, for builds of one's own; `dev/package` must not.
+fn contents(_: &Path) -> anyhow::Result<()> {
+    for (format, _, file) in made()? {
+        let ended = match format {
+            "deb" => run("dpkg-deb", &["-c".as_ref(), &file])?,
+            _ => run("rpm", &["-qlvp".as_ref(), &file])?,
+        };
+        ensure!(ended.status.success(), "{}: {ended:?}", file.display());
+        // Mode, owner, size and times in columns, the path as the last; `./` before it in a DEB.
+        let size = if format == "deb" { 2 } else { 4 };
+        let held: Vec<&str> = ended
+            .stdout
+            .lines()
+            .filter(|line| line.starts_with('-') && line.split_whitespace().nth(size) != Some("0"))
+            .filter_map(|line| line.split_whitespace().last())
+            .map(|path| path.trim_start_matches('.'))
+            .collect();
+        let [both, deb, rpm] = if file.ends_with(format!("onboarding-agent.{format}")) { AGENT } else { SIDECAR };
+        let missing: Vec<_> =
+            both.iter().chain(if format == "deb" { deb } else { rpm }).filter(|path| !held.contains(path)).collect();
+        ensure!(missing.is_empty(), "{} has no {missing:?}, or nothing in it:\n{}", file.display(), ended.stdout);
+    }
+    Ok(())
+}
+
 fn scripts(_: &Path) -> anyhow::Result<()> {
     let tree = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
     let mut scripts = vec![tree.join("crates/repository/src/onboard.sh")];
@@ -123,7 +189,30 @@ fn in_root(directory: &Path, suite: &str, script: &str) -> anyhow::Result<Ended>
     process::run(command, Duration::from_secs(240))
 }
 
+/// The sidecar with the next packaging revision. Its programs are short scripts: packing Envoy takes minutes.
+fn next_sidecar(directory: &Path) -> anyhow::Result<()> {
+    let root = directory.join("next-root");
+    std::fs::create_dir_all(&root)?;
+    for program in ["envoy", "pilot-agent"] {
+        std::fs::write(root.join(program), format!("#!/bin/sh\necho the next {program}\n"))?;
+    }
+    std::fs::write(root.join("envoy_bootstrap_tmpl.json"), "{}\n")?;
+    std::fs::write(root.join("sidecar.env"), "# of the next one\n")?;
+    let now = packages()?.join("rpm/amd64/istio-sidecar.rpm");
+    let version = run("rpm", &["-qp".as_ref(), "--qf=%{VERSION}".as_ref(), &now])?.stdout;
+    let mut command = Command::new(binary("onboardctl")?);
+    command
+        .args(["packages", "build"])
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../packaging/istio-sidecar.yaml"))
+        .arg("--root")
+        .arg(root)
+        .args(["--arch", "amd64", "--format", "rpm", "--version", &format!("{version}-2"), "-o"])
+        .arg(directory.join("next"));
+    process::output(command, Duration::from_secs(60)).map(drop)
+}
+
 fn rpms(directory: &Path) -> anyhow::Result<()> {
+    next_sidecar(directory)?;
     // The database of this root knows no Red Hat, so that what is depended on can't be looked for.
     let ended = in_root(
         directory,
@@ -153,6 +242,17 @@ fn rpms(directory: &Path) -> anyhow::Result<()> {
         tail -n 1 "$ROOT/etc/onboarding-agent/onboarding.config.yaml"
         cat "$ROOT/var/lib/onboarding-agent/agent.key"
 
+        echo '# mine' >> "$ROOT/var/lib/istio/envoy/sidecar.env"
+        rpm -U "$DIRECTORY/next/rpm/amd64/istio-sidecar.rpm"
+        command rpm --root "$ROOT" -q --qf 'sidecar: %{RELEASE}\n' istio-sidecar
+        chroot "$ROOT" /usr/local/bin/envoy
+        tail -n 1 "$ROOT/var/lib/istio/envoy/sidecar.env.rpmnew"
+        grep -qx '# mine' "$ROOT/var/lib/istio/envoy/sidecar.env"
+        [ ! -e "$ROOT/usr/local/bin/istio-start.sh" ]
+        is 'drwxr-xr-x istio-proxy:istio-proxy' /etc/certs
+        is 'drwxr-xr-x istio-proxy:istio-proxy' /var/log/istio
+        [ "$(readlink "$ROOT/etc/istio")" = /var/lib/istio ]
+
         rpm -e onboarding-agent istio-sidecar
         list > "$DIRECTORY/after"
         echo gone: $(comm -23 "$DIRECTORY/before" "$DIRECTORY/after")
@@ -161,8 +261,12 @@ fn rpms(directory: &Path) -> anyhow::Result<()> {
     ensure!(ended.status.success(), "{ended:?}");
     let lines: Vec<_> = ended.stdout.lines().collect();
     ensure!(lines.contains(&"# mine") && lines.contains(&"key"), "an upgrade keeps them: {ended:?}");
+    for line in ["sidecar: 2", "the next envoy", "# of the next one"] {
+        ensure!(lines.contains(&line), "{line}: {ended:?}");
+    }
     // What was edited is kept aside, and the key nobody can give again; an RPM has no purge.
     let left = "left: etc/onboarding-agent d etc/onboarding-agent/onboarding.config.yaml.rpmsave f \
+        var/lib/istio d var/lib/istio/envoy d var/lib/istio/envoy/sidecar.env.rpmnew f var/lib/istio/envoy/sidecar.env.rpmsave f \
         var/lib/onboarding-agent d var/lib/onboarding-agent/agent.key f";
     ensure!(lines.contains(&left) && lines.contains(&"gone:"), "{ended:?}");
     Ok(())

@@ -9,7 +9,7 @@ use onboarding_tests::scenario::{Scenario, run};
 use onboarding_tests::until::until;
 use onboarding_tests::world::{ENDPOINT, Pair, Setup, World, binary};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -27,6 +27,11 @@ const NAME: &str = "vm8";
 const SUBJECT: &str = "us-east-datacenter1-vm008";
 const REGISTRATION: &str = "productpage-jwt-my-corp--us-east-datacenter1-vm008";
 const SERVICE: &str = "productpage.bookinfo:8080";
+const CONFIG: &str = "etc/onboarding-agent/onboarding.config.yaml";
+/// What ends the sample in a later version of the agent.
+const NEWER_SAMPLE: &str = "# A newer sample.\n";
+/// As docs/vm.md has it.
+const UNATTENDED: &str = "apt-get -o Dpkg::Options::=--force-confold upgrade -y";
 
 /// The VM between scenarios.
 static VM: Mutex<Option<Vm>> = Mutex::new(None);
@@ -259,7 +264,7 @@ fn upgraded(world: &mut World) -> anyhow::Result<()> {
         let pair = world.pair()?;
         let guest = &vm.guest;
         serves(&pair)?;
-        let kept = "sha256sum /etc/onboarding-agent/*.yaml /var/lib/onboarding-agent/agent.key; stat -c '%a %U:%G %n' /etc/onboarding-agent/*";
+        let kept = "sha256sum /etc/onboarding-agent/*.yaml /var/lib/onboarding-agent/agent.key; stat -c '%a %U:%G %n' /etc/onboarding-agent/*.yaml";
         let before = guest.sh(kept)?;
         for package in ["onboarding-agent", "istio-sidecar"] {
             let old = guest.sh("systemctl show -p MainPID --value onboarding-agent")?;
@@ -267,7 +272,7 @@ fn upgraded(world: &mut World) -> anyhow::Result<()> {
             let [download, install] = requirement(package, DEB);
             // One from the signed repository, one as the requirement has it.
             let (download, install) = match package {
-                "onboarding-agent" => (known_to_apt(world)?, "apt-get update && apt-get upgrade -y".to_owned()),
+                "onboarding-agent" => (known_to_apt(world)?, format!("apt-get update && {UNATTENDED}")),
                 _ => (download, install),
             };
             guest.sh(&download)?;
@@ -294,6 +299,8 @@ fn upgraded(world: &mut World) -> anyhow::Result<()> {
             );
         }
         ensure!(guest.sh(kept)? == before, "an upgrade changed {before}");
+        ensure!(guest.read(&format!("{CONFIG}.dpkg-dist"))?.ends_with(NEWER_SAMPLE), "the new sample isn't beside it");
+        ensure!(document("docs/vm.md")?.contains(&format!("`{UNATTENDED}`")), "docs/vm.md has another command");
         world.keep(pair);
         Ok(())
     })
@@ -302,18 +309,15 @@ fn upgraded(world: &mut World) -> anyhow::Result<()> {
 fn removed(world: &mut World) -> anyhow::Result<()> {
     with_vm(world, |world, vm| {
         let guest = &vm.guest;
+        without_a_sidecar(world, guest)?;
         guest.sh("onboarding-agent hosts --write && grep -q '^127.0.0.2 .*ratings.bookinfo' /etc/hosts")?;
         guest.sh("apt-get remove -y onboarding-agent")?;
         let hosts = guest.read("etc/hosts")?;
         ensure!(!hosts.contains("onboarding-agent") && hosts.contains("127.0.0.1 localhost"), "{hosts}");
-        let gone = world.registrations()?.iter().all(|war| war["metadata"]["name"] != REGISTRATION);
-        ensure!(gone, "it is still registered");
-        ensure!(
-            guest.try_sh("pgrep -af '^/usr/(local/)?bin/(onboarding-agent|envoy|pilot-agent)'")?.stdout.is_empty(),
-            "something of it still runs"
-        );
+        has_left(world, guest, REGISTRATION)?;
         // The identity stays for whoever installs it again.
         guest.sh("test -s /var/lib/onboarding-agent/agent.key -a -s /etc/onboarding-agent/onboarding.config.yaml")?;
+        guest.sh("test -s /etc/onboarding-agent/root-certs.pem")?;
         guest.sh("apt-get purge -y onboarding-agent istio-sidecar")?;
         is_as_before(&vm.before, &guest.files()?)?;
         let failed = guest.sh("systemctl list-units --all --no-legend 'onboarding*' 'istio*'")?;
@@ -324,6 +328,33 @@ fn removed(world: &mut World) -> anyhow::Result<()> {
     })?;
     // Whoever comes next gets a new one.
     drop(VM.lock().unwrap_or_else(PoisonError::into_inner).take());
+    Ok(())
+}
+
+/// Without a sidecar the agent stops; nothing that is installed then starts it, and somebody does.
+fn without_a_sidecar(world: &World, guest: &Guest) -> anyhow::Result<()> {
+    guest.sh("apt-get remove -y istio-sidecar")?;
+    has_left(world, guest, REGISTRATION)?;
+    publish_newer(world, "onboarding-agent")?;
+    for package in ["istio-sidecar", "onboarding-agent"] {
+        let [download, install] = requirement(package, DEB);
+        guest.sh(&download)?;
+        guest.sh(&install.replace("apt-get ", "apt-get -o Dpkg::Options::=--force-confold "))?;
+        let state = guest.try_sh("systemctl is-active onboarding-agent")?.stdout;
+        ensure!(state.trim() == "inactive", "{package} is installed, and the agent is {state}");
+    }
+    guest.sh("cp /usr/local/share/ca-certificates/your-company.crt /etc/onboarding-agent/root-certs.pem")?;
+    guest.sh("systemctl start onboarding-agent")?;
+    live(guest)?;
+    until("the VM is registered", Duration::from_secs(20), || world.connected(REGISTRATION))
+}
+
+/// Nothing of it runs, and the mesh knows it no more.
+fn has_left(world: &World, guest: &Guest, registration: &str) -> anyhow::Result<()> {
+    let gone = world.registrations()?.iter().all(|war| war["metadata"]["name"] != registration);
+    ensure!(gone, "it is still registered");
+    let runs = guest.try_sh("pgrep -af '^/usr/(local/)?bin/(onboarding-agent|envoy|pilot-agent)'")?.stdout;
+    ensure!(runs.is_empty(), "something of it still runs: {runs}");
     Ok(())
 }
 
@@ -339,7 +370,9 @@ fn scripted(world: &mut World) -> anyhow::Result<()> {
     with_vm(world, |world, vm| {
         let guest = &vm.guest;
         // What somebody edited is still there, as it is on a machine that had the agent once.
-        guest.sh("apt-get remove -y onboarding-agent istio-sidecar")?;
+        guest.sh(&format!("apt-get remove -y onboarding-agent istio-sidecar && rm -f /{CONFIG}.dpkg-dist"))?;
+        // With another sample again, of which dpkg would ask.
+        publish_newer(world, "onboarding-agent")?;
         let script = format!(
             r#"set -e; cd /root
 curl -fLO "https://{ENDPOINT}/install/onboard.sh"
@@ -353,6 +386,7 @@ rm onboard.sh onboard.sh.* 2>/dev/null || true"#
         ensure!(guest.sh("systemctl is-enabled onboarding-agent")?.trim() == "enabled", "{said}");
         let config = guest.read("etc/onboarding-agent/onboarding.config.yaml")?;
         ensure!(config.contains(&format!("host: \"{ENDPOINT}\"")), "{config}");
+        ensure!(guest.read(&format!("{CONFIG}.dpkg-dist"))?.ends_with(NEWER_SAMPLE), "the new sample isn't beside it");
         let policy = guest.sh("apt-get update && apt-cache policy onboarding-agent istio-sidecar")?;
         let known = policy.matches(&format!("https://{ENDPOINT}/install/apt stable/main")).count();
         ensure!(known >= 2, "{policy}");
@@ -429,14 +463,13 @@ fn red_hat(world: &mut World) -> anyhow::Result<()> {
         live(&guest)?;
         until("the VM is connected again", Duration::from_secs(40), || world.connected(OWN))?;
         ensure!(guest.sh(kept)? == configured, "an upgrade changed {configured}");
+        ensure!(guest.read(&format!("{CONFIG}.rpmnew"))?.ends_with(NEWER_SAMPLE), "the new sample isn't beside it");
 
         println!("{}", guest.sh("yum remove -y onboarding-agent istio-sidecar")?);
-        let gone = world.registrations()?.iter().all(|war| war["metadata"]["name"] != OWN);
-        ensure!(gone, "it is still registered");
+        has_left(world, &guest, OWN)?;
         ensure!(!guest.read("etc/hosts")?.contains("onboarding-agent"), "/etc/hosts");
         let left = guest.sh("cd /; find etc/onboarding-agent -type f | sort; ls var/lib/onboarding-agent/agent.key")?;
-        let saved =
-            "etc/onboarding-agent/agent.config.yaml.rpmsave\netc/onboarding-agent/onboarding.config.yaml.rpmsave\n";
+        let saved = format!("etc/onboarding-agent/agent.config.yaml.rpmsave\n{CONFIG}.rpmnew\n{CONFIG}.rpmsave\n");
         ensure!(left == format!("{saved}var/lib/onboarding-agent/agent.key\n"), "{left}");
         guest.sh("rm -r /etc/onboarding-agent /var/lib/onboarding-agent")?;
         is_as_before(&before, &guest.files()?)
@@ -483,7 +516,7 @@ fn known_to_apt(world: &World) -> anyhow::Result<String> {
     Ok(lines.map(|line| format!("{line}\n")).collect())
 }
 
-/// The same with a later version, as DEB.
+/// The same with a later version, as DEB; the agent has another sample, too.
 fn publish_newer(world: &World, package: &str) -> anyhow::Result<()> {
     let folder = world.lab().directory().join("next");
     let deb = repository(world).join(format!("deb/amd64/{package}.deb"));
@@ -496,13 +529,20 @@ fn publish_newer(world: &World, package: &str) -> anyhow::Result<()> {
         false => format!("{line}\n"),
     });
     std::fs::write(&control, newer.collect::<String>())?;
+    if package == "onboarding-agent" {
+        newer_sample(&folder.join(CONFIG))?;
+    }
     let packed = world.lab().directory().join("next.deb");
     unpack(&["-Zgzip".as_ref(), "-z1".as_ref(), "-b".as_ref(), folder.as_os_str(), packed.as_os_str()])?;
     std::fs::remove_dir_all(&folder)?;
     import(world, &[packed])
 }
 
-/// The agent with a later version, as RPM: built of its program by the recipe.
+fn newer_sample(path: &Path) -> anyhow::Result<()> {
+    Ok(std::fs::write(path, std::fs::read_to_string(path)? + NEWER_SAMPLE)?)
+}
+
+/// The agent with a later version and another sample, as RPM: built of its program by the recipe.
 fn publish_newer_rpm(world: &World) -> anyhow::Result<()> {
     let (root, out) = (world.lab().directory().join("rpm-root"), world.lab().directory().join("rpm-next"));
     let deb = repository(world).join("deb/amd64/onboarding-agent.deb");
@@ -519,9 +559,15 @@ fn publish_newer_rpm(world: &World) -> anyhow::Result<()> {
         command.args(arguments);
         std::fs::write(root.join(file), process::output(command, Duration::from_secs(20))?)?;
     }
+    let recipes = world.lab().directory().join("packaging");
+    let mut command = Command::new("cp");
+    command.arg("-r").arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../packaging")).arg(&recipes);
+    process::output(command, Duration::from_secs(20))?;
+    newer_sample(&recipes.join("onboarding-agent/onboarding.config.yaml"))?;
     let mut command = Command::new(binary("onboardctl")?);
-    command.args(["packages", "build"]).arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../packaging/onboarding-agent.yaml"));
     command
+        .args(["packages", "build"])
+        .arg(recipes.join("onboarding-agent.yaml"))
         .arg("--root")
         .arg(&root)
         .args(["--arch", "amd64", "--version", "99.0.0", "--format", "rpm", "-o"])
