@@ -244,7 +244,7 @@ fn rpms(directory: &Path) -> anyhow::Result<()> {
 
         echo '# mine' >> "$ROOT/var/lib/istio/envoy/sidecar.env"
         rpm -U "$DIRECTORY/next/rpm/amd64/istio-sidecar.rpm"
-        rpm -q --qf 'sidecar: %{RELEASE}\n' istio-sidecar
+        command rpm --root "$ROOT" -q --qf 'sidecar: %{RELEASE}\n' istio-sidecar
         chroot "$ROOT" /usr/local/bin/envoy
         tail -n 1 "$ROOT/var/lib/istio/envoy/sidecar.env.rpmnew"
         grep -qx '# mine' "$ROOT/var/lib/istio/envoy/sidecar.env"
