@@ -163,7 +163,7 @@ fn plane_account(cluster: &Cluster) -> anyhow::Result<PathBuf> {
 
 /// Starts it, and waits until istiod has told it of the way in.
 fn start_gateway(cluster: &Cluster, istiod: Istiod, machine: &Machine) -> anyhow::Result<Process> {
-    let process = gateway::start(cluster, istiod, machine, &envoy()?, Some(POD_NETWORK))?;
+    let process = gateway::start(cluster, istiod, machine, &envoy()?, None, Some(POD_NETWORK))?;
     until("the gateway listens on 15443", Duration::from_secs(60), || {
         if let Some(status) = process.status() {
             return Ok(Err(anyhow::anyhow!("it ended ({status}):\n{}", process.tail())));

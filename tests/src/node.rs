@@ -334,7 +334,7 @@ impl Worker {
 
     fn process(&self, pod: &Value, program: &'static str, machine: &Machine, name: &str) -> anyhow::Result<Process> {
         if program == GATEWAY {
-            return gateway::start(&self.options.cluster, self.options.istiod, machine, &self.envoy, None);
+            return gateway::start(&self.options.cluster, self.options.istiod, machine, &self.envoy, Some(name), None);
         }
         let container = &pod["spec"]["containers"][0];
         let namespace = pod["metadata"]["namespace"].as_str().unwrap_or_default();

@@ -58,15 +58,22 @@ fn join(world: &mut World) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What its probe finds reaches istiod by the entry's condition.
+/// What its probe finds reaches istiod by the entry's condition. It calls itself: its listener alone tells services apart by name.
 fn unready(world: &mut World) -> anyhow::Result<()> {
     let pair = world.pair()?;
-    pair.productpage.set_application_ready(false)?;
-    until("an unready application gets nothing", Duration::from_secs(20), || {
-        pair.ratings.call_unanswered("productpage.bookinfo:8080")
-    })?;
-    pair.productpage.set_application_ready(true)?;
-    pair.wait_reachable()?;
+    let vm = &pair.productpage;
+    let own = format!("productpage on {}", vm.name());
+    for ready in [true, false, true] {
+        vm.set_application_ready(ready)?;
+        until(&format!("ready: {ready}"), Duration::from_secs(20), || match ready {
+            true => {
+                let answer = vm.call("productpage.bookinfo:8080")?;
+                ensure!(answer.application == own, "{answer:?}");
+                Ok(())
+            }
+            false => vm.call_unanswered("productpage.bookinfo:8080"),
+        })?;
+    }
     world.keep(pair);
     Ok(())
 }

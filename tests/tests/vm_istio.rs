@@ -59,7 +59,8 @@ END
         })?;
         let users =
             guest.sh("ps -o user:20=,comm= -C onboarding-agent,pilot-agent,envoy | awk '{print $1, $2}' | sort -u")?;
-        let all = ["envoy", "onboarding-agent", "pilot-agent"];
+        // What the kernel keeps of a name are 15 bytes.
+        let all = ["envoy", "onboarding-agen", "pilot-agent"];
         let wanted: String = all
             .iter()
             .filter(|name| pilot_agent || **name != "pilot-agent")
@@ -67,10 +68,10 @@ END
             .collect();
         ensure!(users == wanted, "{users}");
         until("the VM answers through the mesh", Duration::from_secs(40), || {
-            let answer = pair.ratings.call("productpage.bookinfo:8080")?;
-            // The pair has a productpage too.
-            ensure!(answer.application == "guest", "{answer:?}");
-            ensure!(answer.caller.as_deref() == Some("spiffe://cluster.local/ns/bookinfo/sa/ratings-vm"), "{answer:?}");
+            // The pair's own is another of productpage.
+            let answer = pair.productpage.call("productpage.bookinfo:8080")?;
+            let caller = Some("spiffe://cluster.local/ns/bookinfo/sa/productpage-vm");
+            ensure!((answer.application.as_str(), answer.caller.as_deref()) == ("guest", caller), "{answer:?}");
             Ok(())
         })?;
         until("the VM calls", Duration::from_secs(20), || {

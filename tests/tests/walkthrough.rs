@@ -36,19 +36,20 @@ fn walk(world: &mut World) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What the Service's 443 is in a pod of vmgateway leads to the repository, whose certificate is the endpoint's.
+/// The repository's certificate is the endpoint's.
 fn repository(world: &mut World) -> anyhow::Result<()> {
     let pair = world.pair()?;
     let ca = world.lab().directory().join("endpoint-ca.pem");
     std::fs::write(&ca, world.ca_certificate())?;
-    let port = "jsonpath={.spec.ports[?(@.port==443)].targetPort}";
-    let port = world.installed()?.kubectl(&["get", "svc", "vmgateway", "-n", "istio-system", "-o", port])?;
-    let there = format!("{ENDPOINT}:443:{}:{port}", world.way_in());
+    let there = format!("{ENDPOINT}:443:{}", world.way_in());
     let url = format!("https://{ENDPOINT}/install/deb/amd64/onboarding-agent.deb");
     let ca = ca.to_str().unwrap();
-    let curl = ["-sS", "-m", "10", "--cacert", ca, "--connect-to", &there, "-w", "%{http_code} %{http_version}", &url];
-    let answer = pair.productpage.machine.check("curl", curl)?;
-    ensure!(answer.contains("The repository has no packages yet") && answer.ends_with("404 2"), "{answer}");
+    let curl = ["-sS", "-m", "3", "--cacert", ca, "--resolve", &there, "-w", "%{http_code} %{http_version}", &url];
+    until("the repository answers", Duration::from_secs(30), || {
+        let answer = pair.productpage.machine.check("curl", curl)?;
+        ensure!(answer.contains("The repository has no packages yet") && answer.ends_with("404 2"), "{answer}");
+        Ok(())
+    })?;
     world.keep(pair);
     Ok(())
 }

@@ -72,7 +72,7 @@ fn the_way_in(lab: &Lab) -> anyhow::Result<()> {
     let (_plane, _repository) = (backend(&control, "plane", 21443)?, backend(&control, "repository", 28443)?);
     cluster.apply(&endpoints("onboarding-plane", "tls-onboarding", &control, 21443))?;
     cluster.apply(&endpoints("onboarding-repository", "tls-repository", &control, 28443))?;
-    let first = gateway::start(&cluster, istiod, &gateway, &envoy, None)?;
+    let first = gateway::start(&cluster, istiod, &gateway, &envoy, None, None)?;
 
     let reaches = |port: u16, name: Option<&str>, wanted: &str| -> anyhow::Result<()> {
         let deadline = Instant::now() + WITHIN;
@@ -104,7 +104,7 @@ fn the_way_in(lab: &Lab) -> anyhow::Result<()> {
     // Pods in a network of their own: one of their services, by the name that a sidecar asks for, and all the rest as before.
     cluster.apply(&format!("{DETAILS}spec: {{address: {}, network: pods, serviceAccount: details, ports: {{tcp: 28443}}, labels: {{app: details, security.istio.io/tlsMode: istio}}}}\n", control.address()))?;
     cluster.kubectl(["label", "namespace", "istio-system", "topology.istio.io/network=pods"])?;
-    let _second = gateway::start(&cluster, istiod, &gateway, &envoy, Some("pods"))?;
+    let _second = gateway::start(&cluster, istiod, &gateway, &envoy, None, Some("pods"))?;
     reaches(15443, Some("outbound_.9080_._.details.istio-system.svc.cluster.local"), "CN=repository")?;
     everybody()
 }

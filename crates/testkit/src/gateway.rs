@@ -8,15 +8,18 @@ use anyhow::Context;
 use std::path::Path;
 
 /// Starts it on a machine. The ServiceAccount `vmgateway` and the ConfigMap `istio-ca-root-cert` of `istio-system` must be there.
-/// `envoy`: a stock one. `network`: that of the pods behind it, if they have one of their own. Its output is in `gateway.log` of the machine.
+/// `envoy`: a stock one. `name`: its pod's, where there is one: by it istiod finds the Service, whose target ports it listens on. `network`:
+/// that of the pods behind it, if they have one of their own. Its output is in `gateway.log` of the machine.
 pub fn start(
     cluster: &Cluster,
     istiod: Istiod,
     machine: &Machine,
     envoy: &Path,
+    name: Option<&str>,
     network: Option<&str>,
 ) -> anyhow::Result<Process> {
-    let pod = Pod { kind: "router", app: "vmgateway", namespace: "istio-system", network };
+    let name = name.unwrap_or("vmgateway-test");
+    let pod = Pod { kind: "router", name, app: "vmgateway", namespace: "istio-system", network };
     run(cluster, istiod, machine, envoy, &pod)
 }
 
@@ -30,12 +33,14 @@ pub fn start_sidecar(
     (namespace, app): (&str, &str),
     network: Option<&str>,
 ) -> anyhow::Result<Process> {
-    run(cluster, istiod, machine, envoy, &Pod { kind: "sidecar", app, namespace, network })
+    let name = format!("{app}-test");
+    run(cluster, istiod, machine, envoy, &Pod { kind: "sidecar", name: &name, app, namespace, network })
 }
 
 struct Pod<'a> {
     /// Of proxy.
     kind: &'a str,
+    name: &'a str,
     /// The workload and its ServiceAccount.
     app: &'a str,
     namespace: &'a str,
@@ -43,7 +48,7 @@ struct Pod<'a> {
 }
 
 fn run(cluster: &Cluster, istiod: Istiod, machine: &Machine, envoy: &Path, pod: &Pod<'_>) -> anyhow::Result<Process> {
-    let &Pod { kind, app, namespace, network } = pod;
+    let &Pod { kind, name, app, namespace, network } = pod;
     let directory = machine.directory().join("gateway");
     let write = |path: &str, text: &str| -> anyhow::Result<()> {
         let path = directory.join(path);
@@ -77,7 +82,7 @@ fn run(cluster: &Cluster, istiod: Istiod, machine: &Machine, envoy: &Path, pod: 
         .arg("--log_output_level=default:warn")
         .envs([
             ("INSTANCE_IP", machine.address().to_string().as_str()),
-            ("POD_NAME", &format!("{app}-test")),
+            ("POD_NAME", name),
             ("POD_NAMESPACE", namespace),
             ("SERVICE_ACCOUNT", app),
             ("TRUST_DOMAIN", "cluster.local"),
