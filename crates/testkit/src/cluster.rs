@@ -51,6 +51,8 @@ pub struct Istiod {
     pub secure: SocketAddr,
     /// `/debug/syncz` and the like, plain HTTP; istiod answers whoever asks from its own machine.
     pub http: SocketAddr,
+    /// Its webhooks, with the same certificate.
+    pub https: SocketAddr,
 }
 
 /// A cluster. Dropping it ends its processes and removes what they stored.
@@ -219,6 +221,8 @@ impl Cluster {
             // As OpenShift has it: who sets an owner whose deletion waits must be allowed to.
             "--enable-admission-plugins=OwnerReferencesPermissionEnforcement".to_owned(),
             "--service-cluster-ip-range=10.96.0.0/16".to_owned(),
+            // Nobody routes the addresses of Services here: a webhook is asked at an endpoint of its Service.
+            "--enable-aggregator-routing=true".to_owned(),
             "--profiling=false".to_owned(),
         ]);
         let process = Process::start("kube-apiserver", command, Some(&self.path("kube-apiserver.log")))?;
@@ -299,18 +303,20 @@ impl Cluster {
             self.kubectl(["create", "namespace", ISTIO_SYSTEM])?;
         }
         self.put_mesh("istio", mesh)?;
-        let address = self.options.address;
-        let http = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), free_port(address)?.port());
-        self.run_istiod(Istiod { secure: free_port(address)?, http })
+        self.run_istiod(self.istiod_addresses()?)
     }
 
     /// One more, of a revision; call after [`Self::start_istiod`], whose CA it shares. It is not the cluster's to end.
     pub fn start_istiod_of(&self, revision: &str, mesh: &str) -> anyhow::Result<(Process, Istiod)> {
         self.put_mesh(&format!("istio-{revision}"), mesh)?;
+        let istiod = self.istiod_addresses()?;
+        Ok((self.istiod_process(istiod, Some(revision))?, istiod))
+    }
+
+    fn istiod_addresses(&self) -> anyhow::Result<Istiod> {
         let address = self.options.address;
         let http = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), free_port(address)?.port());
-        let istiod = Istiod { secure: free_port(address)?, http };
-        Ok((self.istiod_process(istiod, Some(revision))?, istiod))
+        Ok(Istiod { secure: free_port(address)?, http, https: free_port(address)? })
     }
 
     /// Into the ConfigMap of this name.
@@ -338,7 +344,7 @@ impl Cluster {
 
     fn istiod_process(&self, istiod: Istiod, revision: Option<&str>) -> anyhow::Result<Process> {
         let name = revision.map_or_else(|| "istiod".to_owned(), |revision| format!("istiod-{revision}"));
-        let (https, monitoring) = (free_port(self.options.address)?, free_port(self.options.address)?);
+        let monitoring = free_port(self.options.address)?;
         let mut command = (self.options.command)(&self.binary("pilot-discovery"));
         command
             .arg("discovery")
@@ -346,7 +352,7 @@ impl Cluster {
             .arg(format!("--meshConfig={}", self.path("mesh.yaml").display()))
             .arg(format!("--secureGRPCAddr={}", istiod.secure))
             .arg(format!("--httpAddr={}", istiod.http))
-            .arg(format!("--httpsAddr={https}"))
+            .arg(format!("--httpsAddr={}", istiod.https))
             .arg(format!("--monitoringAddr={monitoring}"))
             .args(["--grpcAddr=", "--ctrlz_port=0", "--clusterID=Kubernetes", "--log_output_level=default:warn"])
             .current_dir(self.directory.path())
