@@ -86,9 +86,15 @@ fn what_is_built_is_indexed_listed_verified_and_removed() {
         &["apt/dists/stable/Release.gpg", "apt/dists/stable/Release"],
         &["yum/istio-1-28/x86_64/repodata/repomd.xml.asc", "yum/istio-1-28/x86_64/repodata/repomd.xml"],
     ] {
-        let files = signed.iter().map(|file| dir.path(&format!("packages/{file}")));
-        let checked = Command::new("gpgv").arg("--keyring").arg(&keyring).args(files).output().unwrap();
+        let files: Vec<_> = signed.iter().map(|file| dir.path(&format!("packages/{file}"))).collect();
+        let checked = Command::new("gpgv").arg("--keyring").arg(&keyring).args(&files).output().unwrap();
         assert!(checked.status.success(), "{signed:?}: {checked:?}");
+        // And as sqv, with which apt verifies since Debian 13: it also asks whether the key might sign at that time.
+        if let [signature, data] = &files[..] {
+            let keyring = dir.path("packages/onboarding.asc");
+            let checked = Command::new("sqv").arg("--keyring").arg(keyring).args([signature, data]).output().unwrap();
+            assert!(checked.status.success(), "{signed:?}: {checked:?}");
+        }
     }
 
     let listed = on(&dir, &["list", "-o", "json"]).is(0).json();

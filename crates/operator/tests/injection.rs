@@ -56,9 +56,7 @@ fn the_gateways_pod_is_injected_and_may_run() {
     cluster.apply(&of_istio(&cluster, "mutatingwebhook.yaml")).unwrap();
     // istiod puts its CA into it.
     let wait = "--for=jsonpath={.webhooks[0].clientConfig.caBundle}";
-    cluster
-        .kubectl(["wait", wait, "--timeout=60s", "mutatingwebhookconfiguration/istio-sidecar-injector"])
-        .unwrap();
+    cluster.kubectl(["wait", wait, "--timeout=60s", "mutatingwebhookconfiguration/istio-sidecar-injector"]).unwrap();
     cluster.apply(CONTROL_PLANE).unwrap();
     let mut operator = Command::new(env!("CARGO_BIN_EXE_onboarding-operator"));
     operator.args(["--admin-listen", "127.0.0.1:0"]).env("KUBECONFIG", cluster.kubeconfig());
@@ -83,7 +81,8 @@ fn the_gateways_pod_is_injected_and_may_run() {
     let mounted = pod["spec"]["volumes"].as_array().unwrap();
     assert!(mounted.iter().any(|volume| volume["name"] == "istio-token"), "{mounted:#?}");
     // Ours, which it leaves alone.
-    let ports: Vec<u64> = proxy["ports"].as_array().unwrap().iter().filter_map(|it| it["containerPort"].as_u64()).collect();
+    let ports: Vec<u64> =
+        proxy["ports"].as_array().unwrap().iter().filter_map(|it| it["containerPort"].as_u64()).collect();
     assert!(ports.contains(&15443) && ports.contains(&8443), "{ports:?}");
     let security = &proxy["securityContext"];
     assert_eq!(security["readOnlyRootFilesystem"], true, "{security:#}");

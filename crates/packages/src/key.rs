@@ -9,7 +9,7 @@ use pgp::composed::{
 };
 use pgp::crypto::hash::HashAlgorithm;
 use pgp::crypto::public_key::PublicKeyAlgorithm;
-use pgp::packet::{SignatureConfig, SignatureType, Subpacket, SubpacketData};
+use pgp::packet::{Signature, SignatureConfig, SignatureType, Subpacket, SubpacketData};
 use pgp::types::{KeyDetails, KeyVersion, Password, Timestamp};
 use rand_08::rngs::OsRng;
 use rpm::signature::pgp::{Signer, Verifier};
@@ -148,20 +148,23 @@ impl SigningKey {
         let built = package.metadata.get_build_time().ok().and_then(|time| u32::try_from(time).ok()).unwrap_or(0);
         package.clear_signatures()?;
         // An RPM says its length where only the signature is new; what a reader trusts must not shrink with it.
-        package.sign_with_timestamp(&self.signer, built.max(self.created()))?;
+        package.sign_with_timestamp(&self.signer, built.max(self.signs_since()))?;
         let mut signed = Vec::with_capacity(bytes.len() + 4096);
         package.write(&mut signed)?;
         Ok(signed)
     }
 
-    fn created(&self) -> u32 {
-        self.key.primary_key.created_at().as_secs()
+    /// From when on it signs: no signature is good that is older than the key, or than the key's own word that it may sign (its
+    /// self-signature, which is made a moment later).
+    fn signs_since(&self) -> u32 {
+        let own = self.key.details.users.iter().flat_map(|user| &user.signatures).filter_map(Signature::created);
+        own.chain([self.key.primary_key.created_at()]).map(|time| time.as_secs()).max().unwrap_or_default()
     }
 
     fn config(&self, kind: SignatureType, now: u32) -> Result<SignatureConfig, Error> {
         let key = &self.key.primary_key;
         let mut config = SignatureConfig::v4(kind, key.algorithm(), HashAlgorithm::Sha512);
-        let time = Timestamp::from_secs(now.max(self.created()));
+        let time = Timestamp::from_secs(now.max(self.signs_since()));
         config.hashed_subpackets = vec![
             Subpacket::regular(SubpacketData::SignatureCreationTime(time))?,
             Subpacket::regular(SubpacketData::IssuerFingerprint(key.fingerprint()))?,
@@ -237,6 +240,12 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
         let (again, made) = SigningKey::load_or_make(&path, &library, 1_790_000_001).unwrap();
         assert!(!made && again.fingerprint() == key.fingerprint());
+
+        // However old the request is: the key's self-signature was made just now.
+        let armored = key.detached(b"data", 1_790_000_000).unwrap();
+        let (signature, _) = DetachedSignature::from_string(&armored).unwrap();
+        let bound = key.key.details.users[0].signatures[0].created().unwrap();
+        assert!(bound.as_secs() > 1_790_000_000 && signature.signature.created().unwrap() >= bound);
 
         let public = PublicKey::parse(&key.public().unwrap()).unwrap();
         let clear = key.clear("a: 1\n- b\n", 1_790_000_002).unwrap();
