@@ -58,7 +58,13 @@ fn cluster() -> Cluster {
 }
 
 fn apply(cluster: &Cluster, document: &str) -> Ended {
-    run("apply", cluster, document)
+    loop {
+        let ended = run("apply", cluster, document);
+        // Another test made this object between kubectl's look and its request.
+        if !ended.stderr.contains("(AlreadyExists)") {
+            return ended;
+        }
+    }
 }
 
 fn run(verb: &str, cluster: &Cluster, document: &str) -> Ended {

@@ -1,13 +1,18 @@
 //! What Istio's own injection makes of the Deployment `vmgateway`: the pod, as the API server takes it in a namespace that is restricted.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test states what must be true")]
 
+use base64::Engine;
+use libtest_mimic::{Arguments, Trial};
 use onboarding_testkit::cluster::{Cluster, Options};
+use onboarding_testkit::netns::{Lab, test_inside};
 use onboarding_testkit::process::{Process, output};
 use serde_json::Value;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, ExitCode};
+use std::sync::Arc;
 use std::time::Duration;
 
+const NAME: &str = "the_gateways_pod_is_injected_and_may_run";
 const MESH: &str = "trustDomain: cluster.local\ndefaultConfig:\n  discoveryAddress: istiod.istio-system.svc:15012\n";
 const NAMESPACE: &str = "\
 apiVersion: v1
@@ -34,9 +39,41 @@ fn of_istio(cluster: &Cluster, template: &str) -> String {
     output(helm, Duration::from_secs(60)).unwrap()
 }
 
-#[test]
-fn the_gateways_pod_is_injected_and_may_run() {
-    let cluster = Cluster::start(Options { controllers: true, ..Options::default() }).unwrap();
+/// The API server believes istiod's certificate.
+fn trust(cluster: &Cluster) {
+    let created = ["wait", "--for=create", "--timeout=60s", "-n", "istio-system", "configmap/istio-ca-root-cert"];
+    cluster.kubectl(created).unwrap();
+    let root = "jsonpath={.data.root-cert\\.pem}";
+    let root = cluster.kubectl(["get", "configmap", "istio-ca-root-cert", "-n", "istio-system", "-o", root]).unwrap();
+    let webhook = "mutatingwebhookconfiguration/istio-sidecar-injector";
+    let mut object: Value = serde_json::from_str(&cluster.kubectl(["get", webhook, "-o", "json"]).unwrap()).unwrap();
+    for one in object["webhooks"].as_array_mut().unwrap() {
+        one["clientConfig"]["caBundle"] = base64::engine::general_purpose::STANDARD.encode(&root).into();
+    }
+    cluster.apply(&object.to_string()).unwrap();
+}
+
+/// In a network namespace: a Service has no endpoints on loopback.
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    if arguments.list {
+        return libtest_mimic::run(&arguments, vec![Trial::test(NAME, || Ok(()))]).exit_code();
+    }
+    test_inside(|lab| {
+        let lab = lab.clone();
+        let trial = Trial::test(NAME, move || {
+            injected(&lab);
+            Ok(())
+        });
+        libtest_mimic::run(&arguments, vec![trial]).exit_code()
+    })
+}
+
+fn injected(lab: &Lab) {
+    let control = Arc::new(lab.machine("control", 5).unwrap());
+    let machine = control.clone();
+    let command = Box::new(move |program: &Path| machine.command(program));
+    let cluster = Cluster::start(Options { address: control.address().into(), controllers: true, command }).unwrap();
     cluster.apply_istio_crds().unwrap();
     cluster.apply_crds(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy/crds"))).unwrap();
     cluster.apply(NAMESPACE).unwrap();
@@ -54,11 +91,9 @@ fn the_gateways_pod_is_injected_and_may_run() {
         ))
         .unwrap();
     cluster.apply(&of_istio(&cluster, "mutatingwebhook.yaml")).unwrap();
-    // istiod puts its CA into it.
-    let wait = "--for=jsonpath={.webhooks[0].clientConfig.caBundle}";
-    cluster.kubectl(["wait", wait, "--timeout=60s", "mutatingwebhookconfiguration/istio-sidecar-injector"]).unwrap();
+    trust(&cluster);
     cluster.apply(CONTROL_PLANE).unwrap();
-    let mut operator = Command::new(env!("CARGO_BIN_EXE_onboarding-operator"));
+    let mut operator = control.command(env!("CARGO_BIN_EXE_onboarding-operator"));
     operator.args(["--admin-listen", "127.0.0.1:0"]).env("KUBECONFIG", cluster.kubeconfig());
     let _operator = Process::start("onboarding-operator", operator, None).unwrap();
 
