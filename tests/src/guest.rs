@@ -181,6 +181,25 @@ impl Guest {
     }
 }
 
+const AGENT: &str = "apiVersion: config.agent.onboarding.tetrate.io/v1alpha1
+kind: AgentConfiguration
+host:
+  custom:
+    credential:
+    - plugin:
+        name: my-jwt
+";
+
+/// What the administrator of a VM edits, and then types.
+pub fn configure() -> String {
+    format!(
+        "sed -i -e 's/<onboarding-endpoint-dns-name>/{ENDPOINT}/' -e 's/<namespace>/bookinfo/' -e 's/<workload-group>/productpage/' \
+            /etc/onboarding-agent/onboarding.config.yaml
+        cat > /etc/onboarding-agent/agent.config.yaml <<'END'\n{AGENT}END
+        systemctl enable --now onboarding-agent"
+    )
+}
+
 /// The directory of a Debian that `dev/vm` makes once.
 pub fn debian(suite: &str) -> anyhow::Result<PathBuf> {
     let mut command = Command::new(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../dev/vm")));

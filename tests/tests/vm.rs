@@ -4,7 +4,7 @@
 
 use anyhow::{Context, ensure};
 use onboarding_testkit::process;
-use onboarding_tests::guest::Guest;
+use onboarding_tests::guest::{Guest, configure};
 use onboarding_tests::scenario::{Scenario, run};
 use onboarding_tests::until::until;
 use onboarding_tests::world::{ENDPOINT, Pair, Setup, World, binary};
@@ -125,25 +125,6 @@ fn join(world: &mut World, guest: &Guest) -> anyhow::Result<()> {
     );
     world.keep(pair);
     Ok(())
-}
-
-const AGENT: &str = "apiVersion: config.agent.onboarding.tetrate.io/v1alpha1
-kind: AgentConfiguration
-host:
-  custom:
-    credential:
-    - plugin:
-        name: my-jwt
-";
-
-/// What the administrator of a VM edits, and then types.
-fn configure() -> String {
-    format!(
-        "sed -i -e 's/<onboarding-endpoint-dns-name>/{ENDPOINT}/' -e 's/<namespace>/bookinfo/' -e 's/<workload-group>/productpage/' \
-            /etc/onboarding-agent/onboarding.config.yaml
-        cat > /etc/onboarding-agent/agent.config.yaml <<'END'\n{AGENT}END
-        systemctl enable --now onboarding-agent"
-    )
 }
 
 /// The format's name, and the program that installs.

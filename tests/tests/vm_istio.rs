@@ -3,10 +3,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
 use anyhow::{Context, ensure};
-use onboarding_tests::guest::Guest;
+use onboarding_tests::guest::{Guest, configure};
 use onboarding_tests::scenario::{Scenario, run};
 use onboarding_tests::until::until;
-use onboarding_tests::world::{ENDPOINT, Setup, World};
+use onboarding_tests::world::{Setup, World};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -31,21 +31,8 @@ fn in_the_mesh(world: &mut World, guest: &Guest) -> anyhow::Result<()> {
         guest.copy(&PathBuf::from(&packages).join("deb/amd64").join(&file), &format!("root/{file}"))?;
         guest.sh(&format!("apt-get install -y /root/{file}"))?;
     }
-    guest.sh(&format!(
-        "update-ca-certificates && systemctl enable --now application@8080
-        sed -i -e 's/<onboarding-endpoint-dns-name>/{ENDPOINT}/' -e 's/<namespace>/bookinfo/' -e 's/<workload-group>/productpage/' \
-            /etc/onboarding-agent/onboarding.config.yaml
-        cat > /etc/onboarding-agent/agent.config.yaml <<'END'
-apiVersion: config.agent.onboarding.tetrate.io/v1alpha1
-kind: AgentConfiguration
-host:
-  custom:
-    credential:
-    - plugin:
-        name: my-jwt
-END
-        systemctl enable --now onboarding-agent"
-    ))?;
+    guest.sh("update-ca-certificates && systemctl enable --now application@8080")?;
+    guest.sh(&configure())?;
     let pair = world.pair()?;
     // Nothing chose a way: where pilot-agent is installed it is taken, else Envoy alone.
     for pilot_agent in [true, false] {

@@ -13,8 +13,8 @@ use tokio::time::Instant;
 use tonic::Status;
 
 const UNIT: usize = 1024;
-/// How long an agent may take for any message.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long an agent may take until it has room for the next message.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// And for a large one a second more for so many of its bytes.
 const THIN_LINE: usize = 64 * 1024;
 

@@ -4,7 +4,7 @@ use crate::authority::{Authority, Caller, Calls, apply_status, registry_status, 
 use crate::authorization::admission;
 use crate::backend::{self, ProvisionError, Snapshot, Workload};
 use crate::connection::Connection;
-use crate::delivery::{self, Delivery, Place, Sent};
+use crate::delivery::{self, Delivery, PATIENCE, Place, Room, Sent};
 use crate::limits::Budget;
 use crate::metrics::Why;
 use crate::refusal::Refused;
@@ -24,8 +24,6 @@ use tonic::{Request, Response, Status, Streaming};
 
 /// How long an agent may take to say hello.
 const HELLO_WITHIN: Duration = Duration::from_secs(10);
-/// How long it may take until it has room for the next message: a large configuration over a thin line comes before it.
-const PATIENCE: Duration = Duration::from_secs(60);
 /// The last message waits no longer than this.
 const GOODBYE_WITHIN: Duration = Duration::from_secs(2);
 const MINUTE: Duration = Duration::from_secs(60);
@@ -101,7 +99,7 @@ async fn open(
 
 type Boot = Result<(pb::BootConfiguration, Option<Place>), ProvisionError>;
 
-async fn with_room(boot: Result<pb::BootConfiguration, ProvisionError>, room: delivery::Room) -> Boot {
+async fn with_room(boot: Result<pb::BootConfiguration, ProvisionError>, room: Room) -> Boot {
     let boot = boot?;
     let place = room.wait(&boot).await;
     Ok((boot, place))

@@ -1,35 +1,19 @@
 //! What Istio's own injection makes of the Deployment `vmgateway`: the pod, as the API server takes it in a namespace that is restricted.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test states what must be true")]
 
+mod lab;
+
 use base64::Engine;
-use libtest_mimic::{Arguments, Trial};
-use onboarding_testkit::cluster::{Cluster, Options};
-use onboarding_testkit::netns::{Lab, test_inside};
-use onboarding_testkit::process::{Process, output};
+use lab::{MESH, enable, endpoints};
+use onboarding_testkit::cluster::Cluster;
+use onboarding_testkit::netns::Lab;
+use onboarding_testkit::process::output;
 use serde_json::Value;
-use std::path::Path;
 use std::process::{Command, ExitCode};
-use std::sync::Arc;
 use std::time::Duration;
 
 const NAME: &str = "the_gateways_pod_is_injected_and_may_run";
-const MESH: &str = "trustDomain: cluster.local\ndefaultConfig:\n  discoveryAddress: istiod.istio-system.svc:15012\n";
-const NAMESPACE: &str = "\
-apiVersion: v1
-kind: Namespace
-metadata: {name: istio-system, labels: {pod-security.kubernetes.io/enforce: restricted}}
----
-apiVersion: v1
-kind: Service
-metadata: {name: istiod, namespace: istio-system, labels: {app: istiod}}
-spec: {ports: [{name: https-webhook, port: 443}]}
-";
-const CONTROL_PLANE: &str = "\
-apiVersion: install.tetrate.io/v1alpha1
-kind: ControlPlane
-metadata: {name: controlplane, namespace: istio-system}
-spec: {meshExpansion: {onboarding: {endpoint: {hosts: [onboarding.corp], secretName: endpoint-tls}, localRepository: {}}}}
-";
+const WEBHOOK: &str = "apiVersion: v1\nkind: Service\nmetadata: {name: istiod, namespace: istio-system, labels: {app: istiod}}\nspec: {ports: [{name: https-webhook, port: 443}]}\n";
 
 /// As `helm install istiod` has it.
 fn of_istio(cluster: &Cluster, template: &str) -> String {
@@ -53,49 +37,23 @@ fn trust(cluster: &Cluster) {
     cluster.apply(&object.to_string()).unwrap();
 }
 
-/// In a network namespace: a Service has no endpoints on loopback.
 fn main() -> ExitCode {
-    let arguments = Arguments::from_args();
-    if arguments.list {
-        return libtest_mimic::run(&arguments, vec![Trial::test(NAME, || Ok(()))]).exit_code();
-    }
-    test_inside(|lab| {
-        let lab = lab.clone();
-        let trial = Trial::test(NAME, move || {
-            injected(&lab);
-            Ok(())
-        });
-        libtest_mimic::run(&arguments, vec![trial]).exit_code()
-    })
+    lab::run(NAME, injected)
 }
 
-fn injected(lab: &Lab) {
-    let control = Arc::new(lab.machine("control", 5).unwrap());
-    let machine = control.clone();
-    let command = Box::new(move |program: &Path| machine.command(program));
-    let cluster = Cluster::start(Options { address: control.address().into(), controllers: true, command }).unwrap();
-    cluster.apply_istio_crds().unwrap();
-    cluster.apply_crds(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy/crds"))).unwrap();
-    cluster.apply(NAMESPACE).unwrap();
+fn injected(lab: &Lab) -> anyhow::Result<()> {
+    let (control, cluster) = lab::cluster(lab)?;
+    cluster.kubectl(["create", "namespace", "istio-system"])?;
+    let restricted = "pod-security.kubernetes.io/enforce=restricted";
+    cluster.kubectl(["label", "namespace", "istio-system", restricted])?;
     // istiod looks for it when it starts.
-    cluster.apply(&of_istio(&cluster, "istiod-injector-configmap.yaml")).unwrap();
-    let istiod = cluster.start_istiod(MESH).unwrap();
-    cluster
-        .apply(&format!(
-            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
-             metadata: {{name: istiod-test, namespace: istio-system, labels: {{kubernetes.io/service-name: istiod}}}}\n\
-             addressType: IPv4\nendpoints: [{{addresses: [{}], conditions: {{ready: true}}}}]\n\
-             ports: [{{name: https-webhook, port: {}, protocol: TCP}}]\n",
-            istiod.https.ip(),
-            istiod.https.port()
-        ))
-        .unwrap();
-    cluster.apply(&of_istio(&cluster, "mutatingwebhook.yaml")).unwrap();
+    cluster.apply(&of_istio(&cluster, "istiod-injector-configmap.yaml"))?;
+    let istiod = cluster.start_istiod(MESH)?;
+    cluster.apply(WEBHOOK)?;
+    cluster.apply(&endpoints("istiod", "https-webhook", &control, istiod.https.port()))?;
+    cluster.apply(&of_istio(&cluster, "mutatingwebhook.yaml"))?;
     trust(&cluster);
-    cluster.apply(CONTROL_PLANE).unwrap();
-    let mut operator = control.command(env!("CARGO_BIN_EXE_onboarding-operator"));
-    operator.args(["--admin-listen", "127.0.0.1:0"]).env("KUBECONFIG", cluster.kubeconfig());
-    let _operator = Process::start("onboarding-operator", operator, None).unwrap();
+    let _operator = enable(&cluster, &control)?;
 
     let selector = "app.kubernetes.io/name=vmgateway";
     let created = ["wait", "--for=create", "--timeout=60s", "-n", "istio-system", "pod", "-l", selector];
@@ -125,4 +83,5 @@ fn injected(lab: &Lab) {
     assert_eq!(security["allowPrivilegeEscalation"], false, "{security:#}");
     assert_eq!(proxy["resources"]["limits"]["memory"], "1Gi");
     assert_eq!(proxy["readinessProbe"]["httpGet"]["path"], "/healthz/ready");
+    Ok(())
 }

@@ -3,16 +3,16 @@
 //! In network namespaces of its own, as the gateway needs port 443. The backends are servers of OpenSSL, told apart by their certificates.
 #![allow(clippy::print_stdout, reason = "a test without a harness")]
 
+mod lab;
+
 use anyhow::ensure;
-use libtest_mimic::{Arguments, Failed, Trial};
-use onboarding_testkit::cluster::{Cluster, Options};
+use lab::{MESH, enable, endpoints};
 use onboarding_testkit::gateway;
-use onboarding_testkit::netns::{Lab, Machine, test_inside};
+use onboarding_testkit::netns::{Lab, Machine};
 use onboarding_testkit::process::{Process, output};
 use rcgen::{CertificateParams, DnType, KeyPair};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Of the mesh, with a sidecar: the gateway sends to no other.
@@ -28,42 +28,18 @@ metadata: {name: details, namespace: istio-system}
 ";
 const NAME: &str = "each_name_reaches_whom_it_is_of";
 const WITHIN: Duration = Duration::from_secs(60);
-const MESH: &str = "trustDomain: cluster.local\ndefaultConfig:\n  discoveryAddress: istiod.istio-system.svc:15012\n";
-const CONTROL_PLANE: &str = "\
-apiVersion: install.tetrate.io/v1alpha1
-kind: ControlPlane
-metadata: {name: controlplane, namespace: istio-system}
-spec: {meshExpansion: {onboarding: {endpoint: {hosts: [onboarding.corp], secretName: endpoint-tls}, localRepository: {}}}}
-";
 
 fn main() -> ExitCode {
-    let arguments = Arguments::from_args();
-    if arguments.list {
-        return libtest_mimic::run(&arguments, vec![Trial::test(NAME, || Ok(()))]).exit_code();
-    }
-    test_inside(|lab| {
-        let lab = lab.clone();
-        let trial = Trial::test(NAME, move || the_way_in(&lab).map_err(|error| Failed::from(format!("{error:#}"))));
-        libtest_mimic::run(&arguments, vec![trial]).exit_code()
-    })
+    lab::run(NAME, the_way_in)
 }
 
 fn the_way_in(lab: &Lab) -> anyhow::Result<()> {
-    let control = Arc::new(lab.machine("control", 5)?);
+    let (control, cluster) = lab::cluster(lab)?;
     let (gateway, client) = (lab.machine("gateway", 6)?, lab.machine("client", 7)?);
-    let machine = control.clone();
-    let cluster = Cluster::start(Options {
-        address: control.address().into(),
-        controllers: true,
-        command: Box::new(move |program| machine.command(program)),
-    })?;
-    cluster.apply_istio_crds()?;
-    cluster.apply_crds(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy/crds")))?;
     let istiod = cluster.start_istiod(MESH)?;
     cluster.apply(&endpoints("istiod", "tls-istiod", &control, istiod.secure.port()))?;
     cluster.apply("apiVersion: v1\nkind: Service\nmetadata: {name: istiod, namespace: istio-system, labels: {app: istiod}}\nspec: {ports: [{name: tls-istiod, port: 15012}]}\n")?;
-    cluster.apply(CONTROL_PLANE)?;
-    let _operator = operator(&cluster, &control)?;
+    let _operator = enable(&cluster, &control)?;
     for object in ["virtualservice/vmgateway", "serviceaccount/vmgateway", "configmap/istio-ca-root-cert"] {
         let wait = ["wait", "--for=create", "--timeout=60s", object, "-n", "istio-system"];
         cluster.kubectl(wait)?;
@@ -107,23 +83,6 @@ fn the_way_in(lab: &Lab) -> anyhow::Result<()> {
     let _second = gateway::start(&cluster, istiod, &gateway, &envoy, None, Some("pods"))?;
     reaches(15443, Some("outbound_.9080_._.details.istio-system.svc.cluster.local"), "CN=repository")?;
     everybody()
-}
-
-fn operator(cluster: &Cluster, machine: &Machine) -> anyhow::Result<Process> {
-    let mut command = machine.command(env!("CARGO_BIN_EXE_onboarding-operator"));
-    command.args(["--admin-listen", "127.0.0.1:0"]).env("KUBECONFIG", cluster.kubeconfig());
-    Process::start("onboarding-operator", command, None)
-}
-
-/// As if pods of this Service ran on the machine.
-fn endpoints(service: &str, port_name: &str, machine: &Machine, port: u16) -> String {
-    format!(
-        "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
-         metadata: {{name: {service}-test, namespace: istio-system, labels: {{kubernetes.io/service-name: {service}}}}}\n\
-         addressType: IPv4\nendpoints: [{{addresses: [{}], conditions: {{ready: true}}}}]\n\
-         ports: [{{name: {port_name}, port: {port}, protocol: TCP}}]\n",
-        machine.address()
-    )
 }
 
 /// A TLS server whose certificate says `CN=<name>`.

@@ -165,7 +165,7 @@ impl Step<'_> {
         match self.state.phase {
             Phase::Authorizing => {
                 self.state.token = Some(token);
-                self.is_admitted();
+                self.note_admission();
                 self.enter(Phase::Registering { kept_token: false });
                 self.effects.push(Effect::Register { prove: false });
             }
@@ -217,7 +217,8 @@ impl Step<'_> {
         }
     }
 
-    fn is_admitted(&mut self) {
+    /// Somebody lets this host in: what was said against it is past.
+    fn note_admission(&mut self) {
         self.state.not_admitted_since = None;
         self.state.deleted = false;
     }
@@ -228,7 +229,7 @@ impl Step<'_> {
         }
         self.enter(Phase::Connected);
         self.state.last_error = None;
-        self.is_admitted();
+        self.note_admission();
         self.state.renewal = Errand::Idle;
         self.state.signing = Errand::Idle;
         // Asked for before the boot configuration comes: the plane decides the identity, and a round trip is saved.

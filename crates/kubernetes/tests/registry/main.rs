@@ -148,37 +148,28 @@ impl Plane {
         }
     }
 
-    fn metrics(&self) -> String {
+    /// The sum of the registry's metrics whose line begins so, and has this in it.
+    fn metric(&self, line: &str, with: &str) -> u64 {
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &self.metrics).unwrap();
-        text
+        let line = format!("onboarding_registry_{line}");
+        let found = text.lines().filter(|it| it.starts_with(&line) && it.contains(with));
+        found.map(|it| it.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
     }
 
     /// How many tries to write a war were given up and made again.
     fn retried(&self) -> u64 {
-        let text = self.metrics();
-        let lines = text.lines().filter(|line| {
-            line.starts_with("onboarding_registry_api_requests_total{request=\"update war")
-                && line.contains("outcome=\"retried\"")
-        });
-        lines.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
+        self.metric("api_requests_total{request=\"update war", "outcome=\"retried\"")
     }
 
     /// How many requests of each kind were made. What others can see already may not be counted yet: none is under way.
     async fn requests<const N: usize>(&self, kinds: [&str; N]) -> [u64; N] {
         let deadline = Instant::now() + WITHIN;
-        loop {
-            let text = self.metrics();
-            let sum = |line: &str| {
-                let counts = text.lines().filter(|it| it.starts_with(line)).filter_map(|it| it.rsplit(' ').next());
-                counts.map(|count| count.parse::<u64>().unwrap()).sum::<u64>()
-            };
-            if sum("onboarding_registry_api_requests_in_flight ") == 0 {
-                return kinds.map(|kind| sum(&format!("onboarding_registry_api_requests_total{{request=\"{kind}\",")));
-            }
+        while self.metric("api_requests_in_flight ", "") > 0 {
             assert!(Instant::now() < deadline, "requests never end");
             pause().await;
         }
+        kinds.map(|kind| self.metric(&format!("api_requests_total{{request=\"{kind}\","), ""))
     }
 }
 

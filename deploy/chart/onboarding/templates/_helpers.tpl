@@ -8,7 +8,7 @@ istio-system
 {{- end }}
 
 {{- define "onboarding.clusterName" -}}
-onboarding-operator-{{ (include "onboarding.namespace" .) }}
+onboarding-operator-{{ include "onboarding.namespace" . }}
 {{- end }}
 
 {{- define "onboarding.selector" -}}
