@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
 use anyhow::{Context, ensure};
+use onboarding_testkit::application::Answer;
 use onboarding_testkit::cluster::Istiod;
 use onboarding_testkit::gateway;
 use onboarding_testkit::process::{Mark, Process};
@@ -26,7 +27,7 @@ const SCENARIOS: &[Scenario] = &[
     ("pilot_agent_and_envoy_alone_are_live_after_a_power_cycle_without_the_plane", power_cycles),
     ("a_token_that_expired_while_a_vm_was_away_is_replaced_before_its_sidecar_starts", away_for_days),
     ("workloads_of_a_revision_are_configured_by_its_istiod", revision),
-    ("a_vm_calls_a_pod_of_another_network_through_the_way_in", pods),
+    ("a_vm_calls_a_pod_of_another_network_through_the_way_in_and_is_called_by_it", pods),
     ("a_policy_that_is_deleted_ends_what_lived_by_it", policy_deleted),
     ("a_group_that_is_deleted_ends_what_lived_by_it", group_deleted),
 ];
@@ -474,6 +475,17 @@ fn pods(world: &mut World) -> anyhow::Result<()> {
     // Who is of the VM's own network is called as before.
     pair.wait_reachable()?;
     vm.check("ip", ["route", "del", "unreachable", &format!("{}/32", machine.address())])?;
+    // The other way there is no gateway: the pod calls the VM's own address.
+    let name = format!("productpage on {}", pair.productpage.name());
+    until("the pod gets an answer of the VM", Duration::from_secs(30), || {
+        let call = ["-fsS", "-m", "5", "-H", "Host: productpage.bookinfo:8080", "http://127.0.0.2:8080/"];
+        let answer: Answer = serde_json::from_str(&machine.check("curl", call)?)?;
+        ensure!(answer.application == name, "{answer:?}");
+        let caller = Some("spiffe://cluster.local/ns/bookinfo/sa/details");
+        let server = Some("spiffe://cluster.local/ns/bookinfo/sa/productpage-vm");
+        ensure!((answer.caller.as_deref(), answer.server.as_deref()) == (caller, server), "{answer:?}");
+        Ok(())
+    })?;
     for object in ["sidecar/details", "workloadentry/details", "service/details", "serviceaccount/details"] {
         mesh.cluster.kubectl(["delete", object, "-n", "bookinfo"])?;
     }
