@@ -5,6 +5,7 @@
 use jiff::Timestamp;
 use onboarding_core::identity::{Identity, Thumbprint};
 use onboarding_kinds::identity::{Case, to_json};
+use onboarding_runtime::batch;
 use serde::Serialize;
 use std::io::{self, Write};
 use std::net::IpAddr;
@@ -126,11 +127,7 @@ impl Audit {
 fn write_lines(mut queue: mpsc::Receiver<Line>, mut sink: Box<dyn Write + Send>) {
     // After a write that failed half way the next line must not become part of what is left of that one.
     let mut torn = false;
-    while let Some(first) = queue.blocking_recv() {
-        let mut batch = vec![first];
-        while let Ok(next) = queue.try_recv() {
-            batch.push(next);
-        }
+    while let Some(batch) = batch::blocking_next(&mut queue, QUEUE) {
         let mut bytes = Vec::with_capacity(batch.iter().map(|line| line.json.len()).sum::<usize>() + 1);
         if torn {
             bytes.push(b'\n');

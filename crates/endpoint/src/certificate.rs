@@ -6,6 +6,7 @@ use arc_swap::ArcSwapOption;
 use jiff::Timestamp;
 use onboarding_runtime::readiness::Readiness;
 use prometheus_client::metrics::gauge::Gauge;
+use rustls::CipherSuite;
 use rustls::client::verify_server_name;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -149,13 +150,17 @@ fn certified_key(material: &TlsMaterial) -> anyhow::Result<CertifiedKey> {
 /// # Errors
 /// The crypto library knows no such TLS.
 pub fn acceptor(certificates: Arc<Certificates>, protocols: &[&str]) -> anyhow::Result<TlsAcceptor> {
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let mut config = rustls::ServerConfig::builder_with_provider(provider)
+    let mut provider = rustls::crypto::aws_lc_rs::default_provider();
+    // What RFC 8446 has everybody know. Its hash is one that processors have instructions for, SHA-384 isn't, and a handshake is hashes beside
+    // its signature.
+    provider.cipher_suites.sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
+    let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(provider))
         .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])
         .context("TLS can't be set up")?
         .with_no_client_auth()
         .with_cert_resolver(certificates);
     config.alpn_protocols = protocols.iter().map(|name| name.as_bytes().to_vec()).collect();
+    config.ignore_client_order = true;
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     Ok(TlsAcceptor::from(Arc::new(config)))

@@ -4,6 +4,7 @@
 
 pub mod admin;
 pub mod backoff;
+pub mod batch;
 pub mod descriptors;
 pub mod listen;
 pub mod logs;

@@ -26,6 +26,8 @@ use tokio_util::sync::CancellationToken;
 
 /// Between two worlds: while ten thousand agents come back, one world takes in hundreds of them.
 const GAP: Duration = Duration::from_millis(100);
+/// Between two looks for what is wrong with the mesh: each looks at everybody in it.
+const FAULTS_GAP: Duration = Duration::from_secs(1);
 /// Versions of one workload to which a difference can be made when it comes back.
 const REMEMBERED: usize = 3;
 
@@ -52,9 +54,10 @@ impl MeshProvisioner {
         stop: CancellationToken,
     ) -> (Arc<Self>, tokio::task::JoinHandle<()>) {
         let metrics = Metrics::register(metrics);
-        let changes = registry.changes();
-        let mut world = Arc::new(next(&World::empty(ca.trust_domain()), mesh.borrow_and_update().clone(), &registry));
-        let worlds = watch::Sender::new(world.clone());
+        let (world, _) = next(&World::empty(ca.trust_domain()), mesh.borrow_and_update().clone(), &registry);
+        say(&faults, world.faults());
+        metrics.members.set(world.population() as i64);
+        let worlds = watch::Sender::new(Arc::new(world));
         let history = Arc::new(History::default());
         let provisioner = Arc::new(Self {
             ca,
@@ -63,51 +66,79 @@ impl MeshProvisioner {
             history: history.clone(),
             metrics: metrics.clone(),
         });
-        say(&faults, &world);
-        metrics.members.set(world.population() as i64);
+        let seen = worlds.subscribe();
+        let maker = Maker { registry, mesh, worlds, history, metrics };
         let task = tokio::spawn(async move {
-            loop {
-                tokio::select! {
-                    () = stop.cancelled() => return,
-                    changed = mesh.changed() => if changed.is_err() { return },
-                    () = changes.wait() => {}
-                }
-                let started = Instant::now();
-                let (before, config, registry) = (world.clone(), mesh.borrow_and_update().clone(), registry.clone());
-                match tokio::task::spawn_blocking(move || next(&before, config, &registry)).await {
-                    Ok(made) => world = Arc::new(made),
-                    Err(error) => {
-                        tracing::error!(%error, "making the mesh's configuration failed; it is no longer followed");
-                        return;
-                    }
-                }
-                history.forget(&world);
-                metrics.worlds.observe(started.elapsed().as_secs_f64());
-                metrics.members.set(world.population() as i64);
-                say(&faults, &world);
-                worlds.send_replace(world.clone());
-                tokio::select! {
-                    () = stop.cancelled() => return,
-                    () = tokio::time::sleep(GAP) => {}
-                }
-            }
+            stop.run_until_cancelled(async { tokio::join!(maker.run(), tell(seen, faults)) }).await;
         });
         (provisioner, task)
     }
 }
 
-fn next(before: &World, mesh: Arc<MeshConfig>, registry: &SqliteRegistry) -> World {
-    let changed = registry.changes().take().into_iter().map(|name| {
-        let live = registry.live(&name);
-        (name, live)
-    });
-    before.next(mesh, changed.collect())
+/// Makes one world after the other.
+struct Maker {
+    registry: SqliteRegistry,
+    mesh: watch::Receiver<Arc<MeshConfig>>,
+    worlds: watch::Sender<Arc<World>>,
+    history: Arc<History>,
+    metrics: Metrics,
 }
 
-fn say(faults: &watch::Sender<Vec<String>>, world: &World) {
+impl Maker {
+    async fn run(mut self) {
+        let changes = self.registry.changes();
+        loop {
+            tokio::select! {
+                changed = self.mesh.changed() => if changed.is_err() { return },
+                () = changes.wait() => {}
+            }
+            let started = Instant::now();
+            let before = self.worlds.borrow().clone();
+            let (config, registry) = (self.mesh.borrow_and_update().clone(), self.registry.clone());
+            let (world, gone) = match tokio::task::spawn_blocking(move || next(&before, config, &registry)).await {
+                Ok(made) => made,
+                Err(error) => {
+                    tracing::error!(%error, "making the mesh's configuration failed; it is no longer followed");
+                    return;
+                }
+            };
+            self.metrics.worlds.observe(started.elapsed().as_secs_f64());
+            self.metrics.members.set(world.population() as i64);
+            self.worlds.send_replace(Arc::new(world));
+            // After that: who was given something meanwhile sees by the new world that it is to forget it itself.
+            self.history.forget(&gone);
+            tokio::time::sleep(GAP).await;
+        }
+    }
+}
+
+/// The next world, and who is in it no more.
+fn next(before: &World, mesh: Arc<MeshConfig>, registry: &SqliteRegistry) -> (World, Vec<RegistrationName>) {
+    let look = |name: RegistrationName| {
+        let live = registry.live(&name);
+        (name, live)
+    };
+    let changed: Vec<_> = registry.changes().take().into_iter().map(look).collect();
+    let gone = changed.iter().filter(|(_, live)| live.is_none()).map(|(name, _)| name.clone()).collect();
+    (before.next(mesh, changed), gone)
+}
+
+/// What is wrong with each world that isn't replaced at once.
+async fn tell(mut worlds: watch::Receiver<Arc<World>>, faults: watch::Sender<Vec<String>>) {
+    while worlds.changed().await.is_ok() {
+        let world = worlds.borrow_and_update().clone();
+        match tokio::task::spawn_blocking(move || world.faults()).await {
+            Ok(found) => say(&faults, found),
+            Err(error) => tracing::error!(%error, "looking for what is wrong with the mesh failed"),
+        }
+        tokio::time::sleep(FAULTS_GAP).await;
+    }
+}
+
+fn say(faults: &watch::Sender<Vec<String>>, found: Vec<String>) {
     faults.send_if_modified(|held| {
-        let differs = *held != world.faults;
-        held.clone_from(&world.faults);
+        let differs = *held != found;
+        *held = found;
         differs
     });
 }
@@ -254,6 +285,9 @@ impl Follower {
             Some(rendered.message(base.as_ref()))
         };
         self.history.remember(&self.name, &rendered);
+        if !self.worlds.borrow().has(&self.name) {
+            self.history.forget(std::slice::from_ref(&self.name));
+        }
         self.had = Some(rendered);
         boot
     }
@@ -280,8 +314,11 @@ impl History {
         }
     }
 
-    fn forget(&self, world: &World) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|name, _| world.has(name));
+    fn forget(&self, gone: &[RegistrationName]) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for name in gone {
+            all.remove(name);
+        }
     }
 }
 

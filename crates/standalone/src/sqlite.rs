@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use onboarding_core::name::RegistrationName;
 use onboarding_core::registration::{Live, State};
 use onboarding_endpoint::backend::{Registry, RegistryError, Stored};
+use onboarding_runtime::batch;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
@@ -153,14 +154,7 @@ struct Writer {
 
 impl Writer {
     fn run(mut self, mut queue: mpsc::Receiver<Job>) {
-        while let Some(first) = queue.blocking_recv() {
-            let mut batch = vec![first];
-            while batch.len() < MAX_BATCH {
-                match queue.try_recv() {
-                    Ok(job) => batch.push(job),
-                    Err(_) => break,
-                }
-            }
+        while let Some(batch) = batch::blocking_next(&mut queue, MAX_BATCH) {
             self.write(batch);
         }
     }

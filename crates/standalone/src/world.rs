@@ -14,7 +14,8 @@ use onboarding_endpoint::backend::Stored;
 use onboarding_kinds::mesh::Sidecar;
 use onboarding_wire::onboarding::{self as pb, XdsType};
 use prost::Message;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use rpds::RedBlackTreeMapSync;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 /// More faults than anybody reads.
@@ -29,10 +30,11 @@ pub struct World {
     backends: Vec<Backend>,
     /// Of the mesh's Sidecars, in their order.
     outbounds: Vec<Arc<Outbound>>,
-    /// Shared names: each world has its own map of them.
-    seats: BTreeMap<Arc<RegistrationName>, Seat>,
-    pub faults: Vec<String>,
+    /// Shares with the world before all that didn't change.
+    seats: Seats,
 }
+
+type Seats = RedBlackTreeMapSync<RegistrationName, Seat>;
 
 /// A live registration.
 #[derive(Debug, Clone)]
@@ -74,8 +76,7 @@ impl World {
             catalog: Arc::default(),
             backends: Vec::new(),
             outbounds: Vec::new(),
-            seats: BTreeMap::new(),
-            faults: Vec::new(),
+            seats: Seats::new_sync(),
         }
     }
 
@@ -92,21 +93,16 @@ impl World {
             match stored {
                 Some(stored) => {
                     let seat = self.seat(&mesh, &name, stored);
-                    seats.insert(Arc::new(name), seat);
+                    seats.insert_mut(name, seat);
                 }
                 None => {
-                    seats.remove(&name);
+                    seats.remove_mut(&name);
                 }
             }
         }
         if configured {
-            seats = seats
-                .into_iter()
-                .map(|(name, seat)| {
-                    let seat = self.seat(&mesh, &name, seat.stored);
-                    (name, seat)
-                })
-                .collect();
+            seats =
+                seats.iter().map(|(name, seat)| (name.clone(), self.seat(&mesh, name, seat.stored.clone()))).collect();
         }
         touched.extend(names.iter().filter_map(|name| seats.get(name)?.member.clone().ok()));
 
@@ -117,14 +113,12 @@ impl World {
             backends: self.backends.clone(),
             outbounds: self.outbounds.clone(),
             seats,
-            faults: Vec::new(),
         };
         if configured {
             next.rebuild(self);
         } else {
             next.refresh(&touched);
         }
-        next.faults = next.find_faults();
         next
     }
 
@@ -266,15 +260,16 @@ impl World {
 
     /// How many are in the mesh.
     pub fn population(&self) -> usize {
-        self.seats.len()
+        self.seats.size()
     }
 
-    fn find_faults(&self) -> Vec<String> {
+    /// What is wrong with the mesh, for people. Looks at everybody in it.
+    pub fn faults(&self) -> Vec<String> {
         let mut faults: BTreeSet<String> = self.catalog.faults.iter().cloned().collect();
         faults.extend(self.backends.iter().flat_map(|backend| backend.faults.iter().cloned()));
         faults.extend(self.outbounds.iter().flat_map(|outbound| outbound.faults.iter().cloned()));
         let mut shown = BTreeSet::new();
-        let mut addresses: HashMap<(&str, Option<&str>), &RegistrationName> = HashMap::new();
+        let mut addresses: HashMap<(&str, Option<&str>), &RegistrationName> = HashMap::with_capacity(self.seats.size());
         for (name, seat) in &self.seats {
             let member = match &seat.member {
                 Ok(member) => member,

@@ -172,7 +172,7 @@ fn faults_after(change: impl Fn(&mut MeshConfig)) -> (Vec<String>, BootConfigura
     let members = vec![member("ratings", "vm1", "10.0.0.1", true), member("productpage", "vm2", "10.0.0.2", true)];
     let world = World::empty("cluster.local").next(Arc::new(mesh), members);
     let boot = rendered(&world, "ratings-vm1").message(None);
-    (world.faults, boot)
+    (world.faults(), boot)
 }
 
 #[test]
