@@ -63,8 +63,9 @@ pub enum Name {
 }
 
 impl Name {
+    /// Memory first: what the TLS library needs is measured in this process, before its allocator has anything left over.
     pub const ALL: [Self; 7] =
-        [Self::Join, Self::Decision, Self::Memory, Self::Restart, Self::Mesh, Self::Agent, Self::Repository];
+        [Self::Memory, Self::Join, Self::Decision, Self::Restart, Self::Mesh, Self::Agent, Self::Repository];
 
     /// # Errors
     /// It could not be measured: something that must work didn't.

@@ -143,7 +143,7 @@ impl Status {
     pub fn write(&self, store: &Store) -> Result<(), StoreError> {
         let mut text = serde_json::to_vec_pretty(self).unwrap_or_default();
         text.push(b'\n');
-        store::write_atomically(&store.status_path(), &text, 0o644)
+        store::write_for_now(&store.status_path(), &text, 0o644)
     }
 
     /// `None`: no agent has written one.

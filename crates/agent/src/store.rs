@@ -201,27 +201,35 @@ pub fn read_bounded(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, StoreErr
 
 /// A temporary file beside it, fsync, rename: whoever reads `path` sees the old content or the new, also after a power cut.
 pub fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> Result<(), StoreError> {
-    let attempt = || -> io::Result<()> {
-        let directory = path.parent().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
-        let name = path.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
-        let mut temporary = std::ffi::OsString::from(".");
-        temporary.push(name);
-        temporary.push(format!(".{:016x}", rand::random::<u64>()));
-        let temporary = directory.join(temporary);
-        let written = (|| {
-            let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary)?;
-            file.write_all(bytes)?;
+    replace(path, bytes, mode, true).map_err(|source| StoreError::write(path, source))
+}
+
+/// The same without fsync, for what is said anew after a power cut: nobody waits for the disk.
+pub fn write_for_now(path: &Path, bytes: &[u8], mode: u32) -> Result<(), StoreError> {
+    replace(path, bytes, mode, false).map_err(|source| StoreError::write(path, source))
+}
+
+fn replace(path: &Path, bytes: &[u8], mode: u32, durable: bool) -> io::Result<()> {
+    let directory = path.parent().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let name = path.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let mut temporary = std::ffi::OsString::from(".");
+    temporary.push(name);
+    temporary.push(format!(".{:016x}", rand::random::<u64>()));
+    let temporary = directory.join(temporary);
+    let written = (|| {
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary)?;
+        file.write_all(bytes)?;
+        if durable {
             file.sync_all()?;
-            fs::rename(&temporary, path)
-        })();
-        if written.is_err() {
-            // The first error is the one to report.
-            let _ = fs::remove_file(&temporary);
         }
-        written?;
-        File::open(directory)?.sync_all()
-    };
-    attempt().map_err(|source| StoreError::write(path, source))
+        fs::rename(&temporary, path)
+    })();
+    if written.is_err() {
+        // The first error is the one to report.
+        let _ = fs::remove_file(&temporary);
+    }
+    written?;
+    if durable { File::open(directory)?.sync_all() } else { Ok(()) }
 }
 
 fn remove(path: &Path) -> Result<(), StoreError> {
@@ -285,6 +293,7 @@ mod tests {
         let target = directory.path().join("target");
         fs::create_dir(&target).unwrap();
         write_atomically(&target, b"x", 0o600).unwrap_err();
+        write_for_now(&target, b"x", 0o600).unwrap_err();
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 }

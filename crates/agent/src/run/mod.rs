@@ -61,7 +61,7 @@ struct Driver {
     keeper: mpsc::UnboundedSender<keeper::Command>,
     /// Opened at the first use: recognising a platform may fail, and is tried again.
     host: Option<Arc<dyn Host>>,
-    /// Asked of the binary while the first connection is made; the sidecar's start doesn't wait for it.
+    /// Asked of the binary from the beginning on; the registration waits for it, the sidecar's start doesn't.
     sidecar_version: Arc<OnceCell<String>>,
 
     connection: u64,
@@ -121,6 +121,8 @@ const LONGEST_SLEEP: Duration = Duration::from_secs(30);
 pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<()> {
     settings.configuration.print();
     let endpoint = Endpoint::new(&settings.configuration.onboarding, &settings.trust)?;
+    // Before the disk is waited for: it takes as long as Envoy takes to start.
+    let version = witness::ask_version(&settings).await;
     let store = Store::open(&settings.state_directory)?;
     let key = Arc::new(AgentKey::load_or_create(&store.key_path())?);
     tracing::info!(
@@ -147,9 +149,8 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<
     owned.spawn(keeper::keep(options, commands, keeper_news));
     owned.spawn(forward(keeper_incoming, news.clone(), News::Keeper));
 
-    let mut driver = Driver::new(settings, endpoint, store, key, news, keeper);
+    let mut driver = Driver::new(settings, endpoint, store, key, version, news, keeper);
     driver.happened(Event::Begin);
-    driver.ask_version();
     let mut asked_to_stop = false;
     while driver.state.phase != Phase::Stopped {
         let sleep = driver.sleep();
@@ -176,6 +177,7 @@ impl Driver {
         endpoint: Endpoint,
         store: Store,
         key: Arc<AgentKey>,
+        sidecar_version: Arc<OnceCell<String>>,
         news: mpsc::Sender<Envelope>,
         keeper: mpsc::UnboundedSender<keeper::Command>,
     ) -> Self {
@@ -210,7 +212,7 @@ impl Driver {
             news,
             keeper,
             host: None,
-            sidecar_version: Arc::default(),
+            sidecar_version,
             connection: 0,
             tasks: JoinSet::new(),
             link: None,

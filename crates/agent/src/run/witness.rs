@@ -11,7 +11,7 @@ use crate::store::with_source;
 use jiff::Timestamp;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{OnceCell, mpsc};
 use tokio::time::timeout;
 
 /// Gathering evidence: plugins with their retries.
@@ -68,13 +68,18 @@ impl Driver {
             key: self.key.clone(),
         }
     }
+}
 
-    pub(super) fn ask_version(&mut self) {
-        let (version, settings) = (self.sidecar_version.clone(), self.settings.clone());
-        self.tasks.spawn(async move {
-            version.get_or_init(|| sidecar_version(&settings)).await;
-        });
-    }
+/// Begins to ask the binary. What waits for the answer asks anew where this is cut off.
+pub(super) async fn ask_version(settings: &Settings) -> Arc<OnceCell<String>> {
+    let version = Arc::new(OnceCell::new());
+    let (asked, settings) = (version.clone(), settings.clone());
+    tokio::spawn(async move {
+        asked.get_or_init(|| sidecar_version(&settings)).await;
+    });
+    // The process is started by then.
+    tokio::task::yield_now().await;
+    version
 }
 
 /// Empty: unknown.
