@@ -96,8 +96,12 @@ fn run(cluster: &Cluster, istiod: Istiod, machine: &Machine, envoy: &Path, pod: 
             ("PROXY_CONFIG", config.as_str()),
         ]);
     if let Some(network) = network {
-        // The first by injection, from the label; the second by the Deployment.
-        command.envs([("ISTIO_META_NETWORK", network), ("ISTIO_META_REQUESTED_NETWORK_VIEW", network)]);
+        // By injection, from the label.
+        command.env("ISTIO_META_NETWORK", network);
+        if kind == "router" {
+            // By its Deployment: what is of another network isn't behind it.
+            command.env("ISTIO_META_REQUESTED_NETWORK_VIEW", network);
+        }
     }
     Process::start(app, command, Some(&machine.directory().join("gateway.log")))
 }
