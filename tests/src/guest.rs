@@ -1,7 +1,8 @@
 //! A VM with systemd: a Debian, booted by systemd-nspawn in the network of a [`Machine`], with what a cloud's image has and nothing of ours.
 
 use crate::until::until;
-use crate::world::{ENDPOINT, World, binary};
+use crate::vm::METADATA;
+use crate::world::{ENDPOINT, REGION, World, binary};
 use anyhow::{Context, ensure};
 use onboarding_testkit::netns::Machine;
 use onboarding_testkit::process::{self, Ended, Process};
@@ -17,6 +18,8 @@ pub struct Guest {
     /// As this process sees it; it is mounted in the machine alone.
     root: PathBuf,
     running: Option<Running>,
+    /// Of the cloud around it.
+    services: Vec<Process>,
 }
 
 struct Running {
@@ -54,7 +57,7 @@ impl Guest {
         machine.check("mkdir", ["-p", "/run/systemd/nspawn"])?;
         machine.check("mount", ["-t", "tmpfs", "tmpfs", "/run/systemd/nspawn"])?;
         let root = PathBuf::from(format!("/proc/{}/root{mounted}", machine.holder_pid()));
-        let guest = Self { machine, root, running: None };
+        let guest = Self { machine, root, running: None, services: Vec::new() };
         let own = guest.machine.address();
         guest.write(
             "etc/hosts",
@@ -72,6 +75,13 @@ impl Guest {
         guest.write(plugin, &world.credential_plugin_script(None, subject, "us-east", "app-productpage"))?;
         std::fs::set_permissions(guest.root.join(plugin), std::fs::Permissions::from_mode(0o755))?;
         Ok(guest)
+    }
+
+    /// Makes it an instance of EC2: the metadata service answers in it.
+    pub fn is_on_ec2(&mut self, world: &World, instance: &str, role: &str) -> anyhow::Result<()> {
+        self.machine.add_loopback_address(METADATA)?;
+        self.services.push(world.metadata_server(&self.machine, instance, &format!("{REGION}b"), role)?);
+        Ok(())
     }
 
     /// `path` without a leading `/`.
@@ -178,6 +188,29 @@ impl Guest {
             self.machine.name(),
             journal.map_or_else(|error| format!("{error:#}"), |ended| ended.stdout)
         )
+    }
+}
+
+impl World {
+    /// Where a plane of one machine has packages.
+    pub fn repository(&self) -> PathBuf {
+        self.data_dir().join("packages")
+    }
+
+    /// All that `dev/package` made into the repository, signed.
+    pub fn publish_packages(&self) -> anyhow::Result<()> {
+        let from = PathBuf::from(std::env::var_os("ONBOARDING_PACKAGES").context(
+            "ONBOARDING_PACKAGES isn't set: run `dev/package -o DIRECTORY` and set it to that directory, as dev/test does",
+        )?);
+        let all = ["onboarding-agent", "istio-sidecar"]
+            .map(|package| ["deb", "rpm"].map(|format| from.join(format!("{format}/amd64/{package}.{format}"))));
+        self.import_packages(all.as_flattened())
+    }
+
+    pub fn import_packages(&self, files: &[PathBuf]) -> anyhow::Result<()> {
+        let mut command = Command::new(binary("onboardctl")?);
+        command.args(["packages", "import"]).args(files).arg("--packages").arg(self.repository());
+        process::output(command, Duration::from_secs(240)).map(drop)
     }
 }
 

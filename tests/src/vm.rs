@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// Where a metadata server of AWS listens.
-const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+pub(crate) const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 
 /// Where ECS has the metadata of a task and its role's credentials.
 const TASK_METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 170, 2);

@@ -79,7 +79,7 @@ fn with_vm(world: &mut World, scenario: impl FnOnce(&mut World, &mut Vm) -> anyh
 }
 
 fn onboard(world: &mut World) -> anyhow::Result<Vm> {
-    publish(world)?;
+    world.publish_packages()?;
     let mut guest = Guest::new(world, "bookworm", NAME, 18, SUBJECT)?;
     guest.boot()?;
     guest.sh("update-ca-certificates && systemctl enable --now application@8080 application@80")?;
@@ -418,7 +418,7 @@ It is installed by other means.
 
 fn red_hat(world: &mut World) -> anyhow::Result<()> {
     const OWN: &str = "productpage-jwt-my-corp--us-east-datacenter1-vm010";
-    publish(world)?;
+    world.publish_packages()?;
     let mut guest = Guest::new(world, "dnf", "vm10", 20, "us-east-datacenter1-vm010")?;
     let system = rpm_of_the_system(world)?;
     guest.boot()?;
@@ -480,30 +480,10 @@ fn rpm_of_the_system(world: &World) -> anyhow::Result<PathBuf> {
     Ok(folder.join("RPMS/noarch/system-1-1.noarch.rpm"))
 }
 
-/// Into the repository of the plane, signed.
-fn publish(world: &World) -> anyhow::Result<()> {
-    let from = PathBuf::from(std::env::var_os("ONBOARDING_PACKAGES").context(
-        "ONBOARDING_PACKAGES isn't set: run `dev/package -o DIRECTORY` and set it to that directory, as dev/test does",
-    )?);
-    let all = ["onboarding-agent", "istio-sidecar"]
-        .map(|package| ["deb", "rpm"].map(|format| from.join(format!("{format}/amd64/{package}.{format}"))));
-    import(world, all.as_flattened())
-}
-
-fn import(world: &World, files: &[PathBuf]) -> anyhow::Result<()> {
-    let mut command = Command::new(binary("onboardctl")?);
-    command.args(["packages", "import"]).args(files).arg("--packages").arg(repository(world));
-    process::output(command, Duration::from_secs(240)).map(drop)
-}
-
-fn repository(world: &World) -> PathBuf {
-    world.data_dir().join("packages")
-}
-
 /// What `onboardctl packages index` prints for an administrator of Debian.
 fn known_to_apt(world: &World) -> anyhow::Result<String> {
     let mut command = Command::new(binary("onboardctl")?);
-    command.args(["packages", "index", "--host", ENDPOINT, "--packages"]).arg(repository(world));
+    command.args(["packages", "index", "--host", ENDPOINT, "--packages"]).arg(world.repository());
     let said = process::output(command, Duration::from_secs(120))?;
     let lines = said.lines().skip_while(|line| !line.starts_with("# Debian")).take_while(|line| !line.is_empty());
     Ok(lines.map(|line| format!("{line}\n")).collect())
@@ -512,7 +492,7 @@ fn known_to_apt(world: &World) -> anyhow::Result<String> {
 /// The same with a later version, as DEB; the agent has another sample, too.
 fn publish_newer(world: &World, package: &str) -> anyhow::Result<()> {
     let folder = world.lab().directory().join("next");
-    let deb = repository(world).join(format!("deb/amd64/{package}.deb"));
+    let deb = world.repository().join(format!("deb/amd64/{package}.deb"));
     let _ = std::fs::remove_dir_all(&folder);
     unpack(&["-R".as_ref(), deb.as_os_str(), folder.as_os_str()])?;
     let control = folder.join("DEBIAN/control");
@@ -528,7 +508,7 @@ fn publish_newer(world: &World, package: &str) -> anyhow::Result<()> {
     let packed = world.lab().directory().join("next.deb");
     unpack(&["-Zgzip".as_ref(), "-z1".as_ref(), "-b".as_ref(), folder.as_os_str(), packed.as_os_str()])?;
     std::fs::remove_dir_all(&folder)?;
-    import(world, &[packed])
+    world.import_packages(&[packed])
 }
 
 fn newer_sample(path: &Path) -> anyhow::Result<()> {
@@ -538,7 +518,7 @@ fn newer_sample(path: &Path) -> anyhow::Result<()> {
 /// The agent with a later version and another sample, as RPM: built of its program by the recipe.
 fn publish_newer_rpm(world: &World) -> anyhow::Result<()> {
     let (root, out) = (world.lab().directory().join("rpm-root"), world.lab().directory().join("rpm-next"));
-    let deb = repository(world).join("deb/amd64/onboarding-agent.deb");
+    let deb = world.repository().join("deb/amd64/onboarding-agent.deb");
     unpack(&["-x".as_ref(), deb.as_os_str(), root.as_os_str()])?;
     std::fs::create_dir_all(root.join("completions"))?;
     std::fs::rename(root.join("usr/bin/onboarding-agent"), root.join("onboarding-agent"))?;
@@ -566,7 +546,7 @@ fn publish_newer_rpm(world: &World) -> anyhow::Result<()> {
         .args(["--arch", "amd64", "--version", "99.0.0", "--format", "rpm", "-o"])
         .arg(&out);
     process::output(command, Duration::from_secs(240))?;
-    import(world, &[out.join("rpm/amd64/onboarding-agent.rpm")])
+    world.import_packages(&[out.join("rpm/amd64/onboarding-agent.rpm")])
 }
 
 fn unpack(arguments: &[&std::ffi::OsStr]) -> anyhow::Result<()> {
