@@ -7,7 +7,7 @@
 
 use crate::forward::Forward;
 use crate::world::{binary, envoy};
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use jiff::Timestamp;
 use nix::sys::signal::Signal;
 use onboarding_testkit::cluster::{Cluster, Istiod};
@@ -189,6 +189,8 @@ struct Pod {
 
 enum Event {
     Changed(Box<Value>),
+    /// There is no watch.
+    Refused(String),
     /// The watch is over.
     Ended,
 }
@@ -213,7 +215,12 @@ impl Worker {
         let mut watch = Command::new(kubectl)
             .arg("--kubeconfig")
             .arg(self.options.cluster.kubeconfig())
-            .args(["get", "--raw", &format!("/api/v1/pods?watch=true&timeoutSeconds={}", WATCH.as_secs())])
+            // From what the API server has at hand (0): to make sure that it is the newest it needs a newer etcd than this one.
+            .args([
+                "get",
+                "--raw",
+                &format!("/api/v1/pods?watch=true&resourceVersion=0&timeoutSeconds={}", WATCH.as_secs()),
+            ])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -223,14 +230,15 @@ impl Worker {
         let (events, queue) = channel();
         let out = watch.stdout.take().context("the output of kubectl")?;
         std::thread::Builder::new().name("node: watch".to_owned()).spawn(move || read(out, &events))?;
-        self.follow(&queue);
+        let followed = self.follow(&queue);
         self.at("ends a watch");
         let said = end(&mut watch)?;
+        followed?;
         ensure!(started.elapsed() > TICK * 10 || self.stop.load(Ordering::Relaxed), "kubectl ended at once: {said}");
         Ok(())
     }
 
-    fn follow(&mut self, queue: &Receiver<Event>) {
+    fn follow(&mut self, queue: &Receiver<Event>) -> anyhow::Result<()> {
         // The API server ends it sooner.
         let deadline = Instant::now() + WATCH * 2;
         while !self.stop.load(Ordering::Relaxed) && Instant::now() < deadline {
@@ -242,11 +250,13 @@ impl Worker {
                         self.say(&format!("pod {name}: {error:#}"));
                     }
                 }
-                Ok(Event::Ended) | Err(RecvTimeoutError::Disconnected) => return,
+                Ok(Event::Refused(why)) => bail!("the API server says {why}"),
+                Ok(Event::Ended) | Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {}
             }
             self.tick();
         }
+        Ok(())
     }
 
     fn changed(&mut self, event: &Value) -> anyhow::Result<()> {
@@ -591,8 +601,12 @@ fn probe(pod: &Value, address: Ipv4Addr) -> bool {
 /// One event a line.
 fn read(out: impl Read, events: &Sender<Event>) {
     for line in BufReader::new(out).lines().map_while(Result::ok) {
-        let Ok(event) = serde_json::from_str::<Value>(&line) else { break };
-        if event["type"] == "ERROR" || events.send(Event::Changed(Box::new(event))).is_err() {
+        let event = match serde_json::from_str::<Value>(&line) {
+            Ok(event) if event["type"] == "ERROR" => Event::Refused(event["object"]["message"].to_string()),
+            Ok(event) => Event::Changed(Box::new(event)),
+            Err(error) => Event::Refused(format!("{line:?}: {error}")),
+        };
+        if events.send(event).is_err() {
             break;
         }
     }

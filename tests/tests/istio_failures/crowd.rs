@@ -9,16 +9,19 @@ use onboarding_wire::onboarding as pb;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::runtime::Runtime;
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinHandle;
 use tonic::{Code, Status};
 
 /// Handshakes at the same time: this process shares its processors with the planes.
 const AT_ONCE: usize = 32;
+/// Those that join at a time while it keeps growing.
+const GROWING: usize = 4;
 const LONGEST_PAUSE_MS: u64 = 400;
 /// Of its tokens and the issuer's.
 const LIFE: i64 = 3600;
@@ -36,6 +39,8 @@ struct Shared {
     tls: Arc<rustls::ClientConfig>,
     way_in: SocketAddr,
     turns: Semaphore,
+    /// Who has one of these is one of those that join next.
+    next: Semaphore,
     drains: Mutex<Option<i64>>,
 }
 
@@ -59,6 +64,8 @@ pub struct Racer {
 #[derive(Default)]
 struct Seen {
     connected: AtomicBool,
+    /// A session.
+    opened: Notify,
     sessions: AtomicUsize,
     refusals: Mutex<Vec<String>>,
 }
@@ -84,6 +91,7 @@ impl Crowd {
             tls: agent::client_config(world.ca_certificate(), rustls::ALL_VERSIONS),
             way_in: (world.way_in(), 15443).into(),
             turns: Semaphore::new(AT_ONCE),
+            next: Semaphore::new(GROWING),
             drains: Mutex::default(),
         };
         Ok(Self { members: Vec::new(), shared: Arc::new(shared), runtime })
@@ -91,34 +99,61 @@ impl Crowd {
 
     /// So many more of them begin to join.
     pub fn grow(&mut self, by: u32) {
-        self.grow_over(by, Duration::ZERO);
+        self.add(by);
+        self.come_back();
     }
 
-    /// The same, one after the other over this time.
-    pub fn grow_over(&mut self, by: u32, time: Duration) {
+    /// A few at a time join, each with this pause after one before is there, until it is [enough](Self::enough).
+    pub fn keep_growing(&mut self, at_most: u32, pause: Duration) {
+        self.add(at_most);
+        for member in self.members.iter_mut().filter(|member| member.task.is_none()) {
+            let (shared, key, token, seen) =
+                (self.shared.clone(), member.key.clone(), member.token.clone(), member.seen.clone());
+            let number = member.number;
+            member.task = Some(self.runtime.spawn(async move {
+                // Closed: that was enough.
+                let Ok(turn) = shared.next.acquire().await else { return };
+                tokio::time::sleep(pause).await;
+                let mut living = pin!(shared.live(number, key, &token, &seen));
+                tokio::select! {
+                    () = &mut living => {}
+                    () = seen.opened.notified() => {}
+                }
+                drop(turn);
+                living.await;
+            }));
+        }
+    }
+
+    /// Nobody else begins to join. How many there are, when the last one has its session.
+    pub fn enough(&mut self, within: Duration) -> anyhow::Result<usize> {
+        self.shared.next.close();
+        let is_out = |member: &Member| member.task.as_ref().is_some_and(JoinHandle::is_finished);
+        until("the last one has joined", within, || {
+            let there = |member: &Member| is_out(member) || member.seen.connected.load(Ordering::SeqCst);
+            let waiting = self.members.iter().filter(|member| !there(member)).count();
+            ensure!(waiting == 0, "{waiting} have no session");
+            Ok(())
+        })?;
+        self.members.retain(|member| !is_out(member));
+        Ok(self.members.len())
+    }
+
+    fn add(&mut self, by: u32) {
         let first = self.members.len() as u32;
         for number in first..first + by {
             let (token, seen) = Default::default();
             self.members.push(Member { number, key: Key::new(), token, seen, task: None });
         }
-        self.start(time / by.max(1));
     }
 
     /// Whoever is away comes back, with the key and the token that it had.
     pub fn come_back(&mut self) {
-        self.start(Duration::ZERO);
-    }
-
-    fn start(&mut self, between: Duration) {
-        let away = self.members.iter_mut().filter(|member| member.task.is_none());
-        for (member, delay) in away.zip((0_u32..).map(|turn| between * turn)) {
+        for member in self.members.iter_mut().filter(|member| member.task.is_none()) {
             let (shared, key, token, seen) =
                 (self.shared.clone(), member.key.clone(), member.token.clone(), member.seen.clone());
             let number = member.number;
-            member.task = Some(self.runtime.spawn(async move {
-                tokio::time::sleep(delay).await;
-                shared.live(number, key, &token, &seen).await;
-            }));
+            member.task = Some(self.runtime.spawn(async move { shared.live(number, key, &token, &seen).await }));
         }
     }
 
@@ -299,6 +334,7 @@ impl Shared {
         }
         seen.sessions.fetch_add(1, Ordering::SeqCst);
         seen.connected.store(true, Ordering::SeqCst);
+        seen.opened.notify_one();
         while session.hear.message().await?.is_some() {}
         Ok(())
     }
