@@ -8,6 +8,7 @@ pub mod bare;
 pub mod crowd;
 pub mod figures;
 pub mod floor;
+pub mod istio;
 pub mod machine;
 pub mod plane;
 pub mod table;

@@ -53,12 +53,7 @@ impl Installed {
     /// An API server with Istio's kinds and istiod; nothing of onboarding yet.
     pub(crate) fn start(lab: &Lab, hosts: Vec<(Ipv4Addr, String)>, plane_flags: Vec<String>) -> anyhow::Result<Self> {
         let control = Arc::new(lab.machine("control", CONTROL)?);
-        let machine = control.clone();
-        let cluster = Arc::new(Cluster::start(Options {
-            address: control.address().into(),
-            controllers: true,
-            command: Box::new(move |program| machine.command(program)),
-        })?);
+        let cluster = Arc::new(Cluster::start(Options::on(control.clone()))?);
         cluster.apply_istio_crds()?;
         let istiod = cluster.start_istiod(MESH)?;
         cluster.apply(

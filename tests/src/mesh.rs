@@ -43,12 +43,7 @@ impl Mesh {
     pub fn start(lab: &Lab, plane: Ipv4Addr) -> anyhow::Result<Self> {
         let control = Arc::new(lab.machine("control", CONTROL)?);
         let gateway = Arc::new(lab.machine("gateway", GATEWAY)?);
-        let machine = control.clone();
-        let cluster = Cluster::start(Options {
-            address: control.address().into(),
-            controllers: true,
-            command: Box::new(move |program| machine.command(program)),
-        })?;
+        let cluster = Cluster::start(Options::on(control.clone()))?;
         cluster.apply_istio_crds()?;
         cluster.apply_crds(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/crds")))?;
         let istiod = cluster.start_istiod(MESH)?;

@@ -1,6 +1,7 @@
-//! The agent's footprint: the real agent and a real Envoy beside a real plane, on loopback.
+//! The agent's footprint: the real agent and a real Envoy beside a real plane, on loopback; and pilot-agent's in a real mesh of Istio.
 
 use super::Bench;
+use crate::istio::Istio;
 use crate::machine;
 use crate::plane::{GROUP, HOST, NAMESPACE, Plane, UID, World};
 use crate::table::Figure;
@@ -24,7 +25,7 @@ const SETTLES_IN: Duration = Duration::from_secs(5);
 const MIB: f64 = 1024.0 * 1024.0;
 /// The ingress of the one workload, on loopback.
 const BIND: &str = "127.0.0.3";
-const PILOT: &str = "pilot-agent 1.28 in Istio's own setup, measured on this machine in November 2026";
+const PILOT: &str = "pilot-agent";
 
 pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
     let started = Instant::now();
@@ -40,8 +41,7 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
     plane.write_manifest("world.yaml", &on_loopback)?;
     // The first agent is not to wait for the world after the one that this makes.
     tokio::time::sleep(SETTLES_IN).await;
-    let (mut joined, mut restarted, mut alone) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut resident, mut anonymous, mut idle, mut wakeups) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut joined, mut restarted, mut alone, mut idle) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for turn in 0..bench.repeat {
         let host = Host::new(bench, &world, &plane, &agent, &envoy, turn)?;
         alone.push(host.envoy_alone().await?);
@@ -51,32 +51,57 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
         // What it holds starts the sidecar; the plane is asked meanwhile.
         let again = host.start().await?;
         restarted.push(again.live_after);
-        tokio::time::sleep(SETTLES_IN).await;
-        let (before, began) = (again.used()?, Instant::now());
-        tokio::time::sleep(Duration::from_secs(bench.count(2, 20) as u64)).await;
-        let (after, hours) = (again.used()?, began.elapsed().as_secs_f64() / 3600.0);
-        idle.push((after.cpu - before.cpu).as_secs_f64() / hours);
-        wakeups.push((after.wakeups - before.wakeups) as f64 / hours / 3600.0);
-        let memory = machine::memory(again.pid())?;
-        resident.push(memory.resident as f64 / MIB);
-        anonymous.push(memory.anonymous as f64 / MIB);
+        idle.push(again.idle(bench).await?);
         again.stop().await?;
         bench.say(started, &format!("agent {}: LIVE {:.0} ms after its start", turn + 1, joined[turn]));
     }
-    let less = |live: &[f64]| live.iter().zip(&alone).map(|(live, alone)| live - alone).collect();
+    drop(plane);
+    let peer = PilotAgent::measure(bench, started, &envoy).await?;
+    let less = |live: &[f64]| live.iter().zip(&alone).map(|(live, alone)| live - alone).collect::<Vec<_>>();
+    let each = |idle: &[Idle], what: fn(&Idle) -> f64| idle.iter().map(what).collect::<Vec<_>>();
+    let beside = |name: &str, unit, what: fn(&Idle) -> f64| {
+        Figure::new(name, unit, each(&idle, what)).against(PILOT, each(&peer.idle, what))
+    };
     Ok(vec![
-        Figure::new("agent: size of the binary", "MiB", vec![size]).goal("8 MB"),
-        Figure::new("agent: resident memory", "MiB", resident).beside("pilot-agent", 34.0, PILOT).goal("8 MiB"),
-        Figure::new("agent: of that, not backed by its binary's file", "MiB", anonymous),
-        Figure::new("agent: CPU in an idle hour", "s", idle),
-        Figure::new("agent: wakeups", "per s", wakeups),
+        Figure::new("agent: size of the binary", "MiB", vec![size]).against(PILOT, vec![peer.size]).goal("8 MB"),
+        beside("agent: resident memory", "MiB", |idle| idle.resident).goal("8 MiB"),
+        beside("agent: of that, not backed by its binary's file", "MiB", |idle| idle.anonymous),
+        beside("agent: CPU in an idle hour", "s", |idle| idle.cpu),
+        beside("agent: wakeups", "per s", |idle| idle.wakeups),
         Figure::new("agent: from nothing to LIVE, less Envoy's own start", "ms", less(&joined))
-            .beside("pilot-agent, Envoy's start included", 474.0, PILOT)
+            .against("pilot-agent, which has its token already, less the same", less(&peer.live))
             .goal("50 ms"),
         Figure::new("agent: from what it holds to LIVE, less Envoy's own start", "ms", less(&restarted))
             .against("Envoy's own start, with nothing to configure", alone)
             .goal("50 ms"),
     ])
+}
+
+/// What stands beside the agent's.
+struct PilotAgent {
+    size: f64,
+    live: Vec<f64>,
+    idle: Vec<Idle>,
+}
+
+impl PilotAgent {
+    async fn measure(bench: &Bench, started: Instant, envoy: &Path) -> anyhow::Result<Self> {
+        bench.say(started, "starting an API server and istiod for pilot-agent");
+        let istio = Istio::start()?;
+        let size = std::fs::metadata(istio.pilot_agent())?.len() as f64 / MIB;
+        let (mut live, mut idle) = (Vec::new(), Vec::new());
+        for turn in 0..bench.repeat {
+            // Its certificate is made anew, as the agent's is.
+            let directory = tempfile::Builder::new().prefix("onboarding-bench-").tempdir_in(&bench.directory)?;
+            let (command, admin) = istio.sidecar(directory.path(), envoy)?;
+            let running = Running::start(command, admin, &directory.path().join("log")).await?;
+            live.push(running.live_after);
+            idle.push(running.idle(bench).await?);
+            running.stop().await?;
+            bench.say(started, &format!("pilot-agent {}: LIVE {:.0} ms after its start", turn + 1, live[turn]));
+        }
+        Ok(Self { size, live, idle })
+    }
 }
 
 /// As it is shipped, where `cargo build --profile agent` has been; else as it is built in release.
@@ -104,6 +129,17 @@ struct Running {
 struct Used {
     cpu: Duration,
     wakeups: u64,
+}
+
+/// What one that runs needs while nothing happens.
+struct Idle {
+    /// In MiB.
+    resident: f64,
+    anonymous: f64,
+    /// In seconds for each hour.
+    cpu: f64,
+    /// For each second.
+    wakeups: f64,
 }
 
 impl Host {
@@ -160,7 +196,6 @@ impl Host {
     /// Returns when Envoy says `LIVE`.
     async fn start(&self) -> anyhow::Result<Running> {
         let at = |name: &str| self.directory.path().join(name);
-        let log = std::fs::File::options().create(true).append(true).open(at("agent.log"))?;
         let mut command = Command::new(&self.agent);
         command
             .arg("--onboarding-config")
@@ -173,18 +208,8 @@ impl Host {
             .arg(&self.envoy)
             .args(["--envoy-admin", &self.admin.to_string()])
             .env("SSL_CERT_FILE", at("roots.pem"))
-            .env_remove("SSL_CERT_DIR")
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log);
-        let began = Instant::now();
-        let child = command.spawn().with_context(|| format!("starting {}", self.agent.display()))?;
-        let mut running = Running { child, live_after: 0.0 };
-        running.live_after = until_live(self.admin, began).await.inspect_err(|_| {
-            let log = std::fs::read_to_string(at("agent.log")).unwrap_or_default();
-            println!("the agent's log:\n{log}");
-        })?;
-        Ok(running)
+            .env_remove("SSL_CERT_DIR");
+        Running::start(command, self.admin, &at("agent.log")).await
     }
 
     /// Envoy with an admin address and nothing else, in milliseconds until it says `LIVE`.
@@ -211,6 +236,33 @@ impl Host {
 }
 
 impl Running {
+    /// Returns when the Envoy that it starts says `LIVE` at this address.
+    async fn start(mut command: Command, admin: SocketAddr, log: &Path) -> anyhow::Result<Self> {
+        let output = std::fs::File::options().create(true).append(true).open(log)?;
+        command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
+        let began = Instant::now();
+        let child = command.spawn().with_context(|| format!("starting {command:?}"))?;
+        let mut running = Self { child, live_after: 0.0 };
+        running.live_after = until_live(admin, began).await.inspect_err(|_| {
+            println!("its log:\n{}", std::fs::read_to_string(log).unwrap_or_default());
+        })?;
+        Ok(running)
+    }
+
+    async fn idle(&self, bench: &Bench) -> anyhow::Result<Idle> {
+        tokio::time::sleep(SETTLES_IN).await;
+        let (before, began) = (self.used()?, Instant::now());
+        tokio::time::sleep(Duration::from_secs(bench.count(2, 20) as u64)).await;
+        let (after, hours) = (self.used()?, began.elapsed().as_secs_f64() / 3600.0);
+        let memory = machine::memory(self.pid())?;
+        Ok(Idle {
+            resident: memory.resident as f64 / MIB,
+            anonymous: memory.anonymous as f64 / MIB,
+            cpu: (after.cpu - before.cpu).as_secs_f64() / hours,
+            wakeups: (after.wakeups - before.wakeups) as f64 / hours / 3600.0,
+        })
+    }
+
     fn pid(&self) -> i32 {
         self.child.id().cast_signed()
     }

@@ -2,6 +2,7 @@
 //!
 //! Each is a process of its own; pods don't run (no kubelet, no scheduler), so what would be a pod is started as a process by the test.
 
+use crate::netns::Machine;
 use crate::process::{self, Process};
 use anyhow::{Context, ensure};
 use base64::Engine;
@@ -14,7 +15,7 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// The variable that names the directory which `dev/kubernetes` prints.
@@ -31,6 +32,14 @@ pub struct Options {
     pub controllers: bool,
     /// How a program is started: in this network namespace, or in that of a machine.
     pub command: Box<dyn Fn(&Path) -> Command + Send + Sync>,
+}
+
+impl Options {
+    /// On a machine of a lab, with its controllers.
+    pub fn on(machine: Arc<Machine>) -> Self {
+        let address = machine.address().into();
+        Self { address, controllers: true, command: Box::new(move |program| machine.command(program)) }
+    }
 }
 
 impl Default for Options {

@@ -33,12 +33,7 @@ pub fn run(name: &'static str, test: fn(&Lab) -> anyhow::Result<()>) -> ExitCode
 /// With Istio's kinds and ours; all of it on one machine.
 pub fn cluster(lab: &Lab) -> anyhow::Result<(Arc<Machine>, Cluster)> {
     let control = Arc::new(lab.machine("control", 5)?);
-    let machine = control.clone();
-    let cluster = Cluster::start(Options {
-        address: control.address().into(),
-        controllers: true,
-        command: Box::new(move |program| machine.command(program)),
-    })?;
+    let cluster = Cluster::start(Options::on(control.clone()))?;
     cluster.apply_istio_crds()?;
     cluster.apply_crds(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy/crds")))?;
     Ok((control, cluster))
