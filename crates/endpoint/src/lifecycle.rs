@@ -88,6 +88,8 @@ impl Lifecycle {
         for _ in 0..MOST_CONFLICTS {
             let stored = self.answered(self.registry.load(name).await)?;
             let next = step(&stored.state, event.clone(), Timestamp::now(), self.grace)?;
+            // Who hears of it by the registry's notice, before this is answered, leaves the reason to this.
+            let _ending = self.sessions.off_record(&next.effects);
             if next.state != stored.state {
                 match self.stored(self.registry.store(name, stored.version, &next.state).await) {
                     Ok(_) => {}
@@ -272,10 +274,28 @@ impl Sessions {
         open.by_session.insert(session, (name.clone(), sender));
         receiver
     }
-    pub(crate) fn put_on_record(&self, name: &RegistrationName, session: &str) {
-        if let Some(newest) = self.lock().newest.get_mut(name).filter(|newest| newest.session == session) {
-            newest.on_record = true;
-        }
+    pub(crate) fn put_on_record(&self, session: &str) {
+        self.set_on_record(session, true);
+    }
+    /// What is on record is no longer about the sessions that these effects end, as long as the answer lives.
+    fn off_record(&self, effects: &[Effect]) -> Vec<OffRecord<'_>> {
+        let ended = effects.iter().filter_map(|effect| match effect {
+            Effect::EndSession { session, .. } => Some(session.clone()),
+            Effect::PublishEntry | Effect::RetractEntry => None,
+        });
+        ended
+            .filter(|session| self.set_on_record(session, false))
+            .map(|session| OffRecord { sessions: self, session })
+            .collect()
+    }
+    /// Whether it wasn't so before.
+    fn set_on_record(&self, session: &str, on_record: bool) -> bool {
+        let mut open = self.lock();
+        let Open { by_session, newest } = &mut *open;
+        let newest = by_session.get(session).and_then(|(name, _)| newest.get_mut(name));
+        newest
+            .filter(|newest| newest.session == session)
+            .is_some_and(|newest| std::mem::replace(&mut newest.on_record, on_record) != on_record)
     }
     pub(crate) fn closed(&self, session: &str) {
         self.lock().remove(session);
@@ -301,6 +321,18 @@ impl Sessions {
     }
     fn lock(&self) -> MutexGuard<'_, Open> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A session that is about to end by what is being stored; it is on record again where that fails.
+struct OffRecord<'a> {
+    sessions: &'a Sessions,
+    session: String,
+}
+
+impl Drop for OffRecord<'_> {
+    fn drop(&mut self) {
+        self.sessions.set_on_record(&self.session, true);
     }
 }
 

@@ -115,7 +115,7 @@ async fn may_connect(authority: &Authority, claims: &Claims, snapshot: &Snapshot
 async fn connect(authority: &Authority, claims: &Claims, session: &str) -> Result<(), Refused> {
     let connect = Event::Connect { replica: authority.replica.clone(), session: session.to_owned(), key: claims.key };
     let state = authority.lifecycle.apply(&claims.subject, connect).await.map_err(apply_status)?;
-    authority.lifecycle.sessions().put_on_record(&claims.subject, session);
+    authority.lifecycle.sessions().put_on_record(session);
     let now = authority.snapshot();
     match authority.lifecycle.enforce(&claims.subject, &state, &now).await.map_err(apply_status)? {
         true => Ok(()),

@@ -4,10 +4,13 @@
 
 mod support;
 
-use onboarding_core::registration::{Connection, DisconnectReason, State};
+use jiff::Timestamp;
+use onboarding_core::registration::{Connection, DisconnectReason, Ended, State};
+use onboarding_endpoint::backend::Registry;
 use onboarding_endpoint::limits::Limits;
 use onboarding_wire::onboarding as pb;
 use pb::session_end::Reason;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use support::*;
 use tonic::Code;
@@ -51,6 +54,39 @@ async fn a_policy_that_can_not_be_read_ends_the_session_and_leaves_the_entry() {
     .await;
     let refused = agent.session().await.map(|_| ());
     assert_refused(refused, Code::PermissionDenied, "a policy can't be read");
+}
+
+#[tokio::test]
+async fn who_unregisters_is_told_so_also_where_the_registry_says_first_that_it_is_gone() {
+    let plane = Plane::start().await;
+    let mut agent = plane.agent().await;
+    let mut session = agent.join(&plane.jwt("vm7", "ratings")).await.unwrap();
+    let registry = plane.registry.clone();
+    let loads = || registry.begun[0].load(Ordering::SeqCst);
+    let answers = registry.answers.lock().await;
+    let before = loads();
+    let unregistering = tokio::spawn(async move { agent.unregister().await });
+    until(&plane, "it has ended", |all| matches!(all[0].1.state, State::Ended(_))).await;
+    // By the call, and by who hears of the change.
+    becomes("the change was looked at", async || loads(), |loads| *loads >= before + 2).await;
+    drop(answers);
+    unregistering.await.unwrap().unwrap();
+    assert_eq!(session.end().await.reason(), Reason::Unregistered);
+}
+
+#[tokio::test]
+async fn a_session_whose_end_can_not_be_stored_learns_of_the_next_change() {
+    let plane = Plane::start().await;
+    let mut agent = plane.agent().await;
+    let mut session = agent.join(&plane.jwt("vm7", "ratings")).await.unwrap();
+    plane.registry.broken.store(true, Ordering::SeqCst);
+    assert_refused(agent.unregister().await, Code::Unavailable, "no space left");
+    plane.registry.broken.store(false, Ordering::SeqCst);
+    let registry = plane.registry.as_ref();
+    let (name, stored) = Registry::list(registry).await.unwrap().remove(0);
+    let deleted = State::Ended(Ended { key: None, at: Timestamp::now() });
+    Registry::store(registry, &name, stored.version, &deleted).await.unwrap();
+    assert_eq!(session.end().await.reason(), Reason::Deleted);
 }
 
 #[tokio::test]

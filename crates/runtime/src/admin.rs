@@ -10,7 +10,11 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio_util::sync::CancellationToken;
+
+/// Of an answer that is under way at the end.
+const LONGEST_ANSWER: Duration = Duration::from_secs(2);
 
 /// Serves until `stop`; answers with the bound address.
 pub async fn serve(
@@ -26,7 +30,16 @@ pub async fn serve(
         .route("/readyz", get(move || async move { readyz(&readiness) }))
         .route("/metrics", get(move || async move { metrics(&registry) }));
     let task = tokio::spawn(async move {
-        axum::serve(listener, app).with_graceful_shutdown(async move { stop.cancelled().await }).await
+        let serving = axum::serve(listener, app).with_graceful_shutdown(stop.clone().cancelled_owned());
+        // Whoever asks and doesn't finish keeps nobody from stopping.
+        let too_long = async {
+            stop.cancelled().await;
+            tokio::time::sleep(LONGEST_ANSWER).await;
+        };
+        tokio::select! {
+            served = serving.into_future() => served,
+            () = too_long => Ok(()),
+        }
     });
     Ok((bound, task))
 }
@@ -46,5 +59,27 @@ fn metrics(registry: &Registry) -> axum::response::Response {
         Ok(()) => ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text)
             .into_response(),
         Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::Ipv4Addr;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
+
+    #[tokio::test]
+    async fn a_request_that_is_never_finished_does_not_keep_it_from_stopping() {
+        let stop = CancellationToken::new();
+        let address = (Ipv4Addr::LOCALHOST, 0).into();
+        let (address, serving) = serve(address, Arc::default(), Readiness::default(), stop.clone()).await.unwrap();
+        let mut slow = TcpStream::connect(address).await.unwrap();
+        slow.write_all(b"GET /healthz HTTP/1.1\r\nHost: plane\r\n\r\nGET /healthz HTT").await.unwrap();
+        let mut answer = [0; 12];
+        slow.read_exact(&mut answer).await.unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 200");
+        stop.cancel();
+        tokio::time::timeout(Duration::from_secs(20), serving).await.unwrap().unwrap().unwrap();
     }
 }

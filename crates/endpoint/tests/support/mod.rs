@@ -45,6 +45,8 @@ pub struct Memory {
     pub broken: std::sync::atomic::AtomicBool,
     /// No store goes on while a test holds this.
     pub gate: tokio::sync::Mutex<()>,
+    /// Nor is one answered while a test holds this.
+    pub answers: tokio::sync::Mutex<()>,
     /// Loads and stores that were begun.
     pub begun: [std::sync::atomic::AtomicUsize; 2],
 }
@@ -57,6 +59,7 @@ impl Default for Memory {
             changes: broadcast::Sender::new(1000),
             broken: Default::default(),
             gate: Default::default(),
+            answers: Default::default(),
             begun: Default::default(),
         }
     }
@@ -75,15 +78,19 @@ impl Registry for Memory {
         if self.broken.load(std::sync::atomic::Ordering::SeqCst) {
             return Err(RegistryError::Unavailable("no space left on device".to_owned()));
         }
-        let mut states = self.states.lock().unwrap();
-        let version = states.get(name).map_or(0, |stored| stored.version);
-        if version != expected {
-            return Err(RegistryError::Conflict);
-        }
-        states.insert(name.clone(), Stored { state: state.clone(), version: version + 1 });
+        let next = {
+            let mut states = self.states.lock().unwrap();
+            let version = states.get(name).map_or(0, |stored| stored.version);
+            if version != expected {
+                return Err(RegistryError::Conflict);
+            }
+            states.insert(name.clone(), Stored { state: state.clone(), version: version + 1 });
+            version + 1
+        };
         // Nobody may be listening.
         let _ = self.changes.send(name.clone());
-        Ok(version + 1)
+        let _answered = self.answers.lock().await;
+        Ok(next)
     }
     fn changes(&self) -> BoxStream<'static, RegistrationName> {
         BroadcastStream::new(self.changes.subscribe()).map(Result::unwrap).boxed()
