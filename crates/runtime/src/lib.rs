@@ -1,4 +1,4 @@
-//! What every binary shares: logs, signals, draining, readiness, metrics, listening, the admin server, backoff.
+//! What every binary shares: logs, signals, draining, readiness, metrics, listening, the admin server, backoff, batches of what waits.
 //!
 //! Nothing here knows what onboarding is.
 
