@@ -394,6 +394,10 @@ impl Supervisor {
                 _ => why,
             }
         })?;
+        // It was this one, and it runs: nobody else can have its address.
+        if self.live {
+            return Ok(());
+        }
         match self.admin.is_instance(&self.instance).await {
             Ok(true) => Ok(()),
             Ok(false) => Err(format!("another Envoy has the admin address {}", self.options.admin)),
