@@ -63,11 +63,6 @@ impl Bare {
     pub fn pid(&self) -> i32 {
         self.process.pid()
     }
-    /// # Errors
-    /// It has ended.
-    pub fn cpu_time(&self) -> anyhow::Result<Duration> {
-        machine::cpu_time(self.pid())
-    }
 }
 
 /// What the process does: serves until it is killed. Its address is its first line.

@@ -1,8 +1,11 @@
-//! What nobody gets below with these libraries on this machine: a join's cryptography, and a connection's TLS state.
+//! What nobody gets below with these libraries on this machine: a join's cryptography, a connection's TLS state, a message encrypted and
+//! written.
 
+use crate::figures::Bench;
 use crate::machine;
 use crate::plane::{HOST, World};
 use anyhow::{Context, ensure};
+use aws_lc_rs::aead::{AES_128_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use aws_lc_rs::encoding::{AsDer, PublicKeyX509Der};
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::rsa;
@@ -11,10 +14,13 @@ use aws_lc_rs::signature::{
     RSA_PKCS1_2048_8192_SHA256, RSA_PKCS1_SHA256,
 };
 use nix::time::{ClockId, clock_gettime};
-use onboarding_testkit::oidc::MadeTls;
+use onboarding_testkit::oidc::{self, MadeTls};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -173,4 +179,60 @@ impl Tls {
         ensure!(held.iter().all(|connection| !connection.is_handshaking()), "a connection that shakes hands still");
         Ok(after.saturating_sub(before) as f64 / count as f64)
     }
+}
+
+/// Bytes of the TLS library's own state for each of `count` connections: in a process of its own, whose allocator has nothing left over
+/// from anything before.
+///
+/// # Errors
+/// It can't be started, or says no number.
+pub fn tls_state(bench: &Bench, count: usize) -> anyhow::Result<f64> {
+    let mut command = Command::new(bench.binaries.join("onboarding-bench"));
+    let output = command.arg("tls-state").arg(count.to_string()).output().context("starting it for the TLS state")?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    said.trim().parse().with_context(|| format!("it said {said:?}, and {}", String::from_utf8_lossy(&output.stderr)))
+}
+
+/// What that process does.
+///
+/// # Errors
+/// The handshakes don't succeed.
+#[allow(clippy::print_stdout, reason = "who started it reads the number")]
+pub fn print_tls_state(count: usize) -> anyhow::Result<()> {
+    println!("{}", Tls::new(&oidc::make_tls(&[HOST])?)?.bytes_per_connection(count)?);
+    Ok(())
+}
+
+/// CPU seconds of encrypting a message of this size and writing it to a loopback socket, as it is sent: records of at most 16 KiB,
+/// AES-128-GCM. `count` are measured, where they are not too many bytes.
+///
+/// # Errors
+/// Loopback can't be written to.
+pub fn message(count: usize, size: usize) -> anyhow::Result<f64> {
+    const RECORD: usize = 16 << 10;
+    /// Enough to know.
+    const BYTES: usize = 256 << 20;
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let mut to = TcpStream::connect(listener.local_addr()?)?;
+    to.set_nodelay(true)?;
+    let (mut from, _) = listener.accept()?;
+    let reader = std::thread::spawn(move || {
+        let mut block = vec![0; 64 * 1024];
+        while from.read(&mut block).is_ok_and(|read| read > 0) {}
+    });
+    let key = LessSafeKey::new(UnboundKey::new(&AES_128_GCM, &[7; 16])?);
+    let (message, mut sealed) = (vec![7; size], Vec::with_capacity(2 * RECORD));
+    let each = machine::per_call(count.min(BYTES / size.max(1)).max(1), || {
+        for record in message.chunks(RECORD) {
+            sealed.clear();
+            sealed.extend_from_slice(record);
+            key.seal_in_place_append_tag(Nonce::assume_unique_for_key([7; 12]), Aad::empty(), &mut sealed)?;
+            to.write_all(&sealed)?;
+        }
+        Ok(())
+    })?;
+    drop(to);
+    // It ends with the socket.
+    let _ = reader.join();
+    Ok(each)
 }

@@ -2,7 +2,8 @@
 
 use anyhow::Context;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
-use nix::unistd::{Pid, SysconfVar, sysconf};
+use nix::time::{ClockId, clock_getcpuclockid, clock_gettime};
+use nix::unistd::Pid;
 use std::path::Path;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
@@ -74,19 +75,13 @@ pub fn on_planes_core(binary: &Path, one_core: bool) -> Command {
     command
 }
 
-/// User and system time that a process has used, its ended threads included; in steps of 10 ms.
+/// User and system time that a process has used, its ended threads included.
 ///
 /// # Errors
 /// There is no such process.
 pub fn cpu_time(pid: i32) -> anyhow::Result<Duration> {
-    let path = format!("/proc/{pid}/stat");
-    let text = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
-    // The command in parentheses may contain anything; utime and stime are the 12th and 13th after it.
-    let fields: Vec<&str> = text.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace().collect();
-    let ticks = |index: usize| fields.get(index).and_then(|field| field.parse::<u64>().ok());
-    let (user, system) = ticks(11).zip(ticks(12)).with_context(|| format!("{path} isn't laid out as expected"))?;
-    let per_second = sysconf(SysconfVar::CLK_TCK)?.and_then(|ticks| u64::try_from(ticks).ok()).unwrap_or(100);
-    Ok(Duration::from_secs_f64((user + system) as f64 / per_second as f64))
+    let clock = clock_getcpuclockid(Pid::from_raw(pid)).with_context(|| format!("the CPU clock of process {pid}"))?;
+    Ok(clock_gettime(clock)?.into())
 }
 
 /// Of a process, in bytes.
@@ -124,7 +119,7 @@ fn kilobytes(text: &str, name: &str) -> anyhow::Result<u64> {
 /// # Errors
 /// The call's.
 pub fn per_call(count: usize, mut call: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<f64> {
-    let clock = || nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from);
+    let clock = || clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from);
     // Once outside the measurement: what is made on first use isn't a part of every call.
     call()?;
     let before = clock()?;

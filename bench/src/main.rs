@@ -46,19 +46,23 @@ enum Only {
     /// What `--figure join` starts for its floor.
     #[command(hide = true)]
     BareServer { directory: PathBuf },
+    /// What `--figure memory` starts for the TLS library's own.
+    #[command(hide = true)]
+    TlsState { connections: usize },
 }
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let descriptors = machine::raise_limit()?;
-    if let Some(Only::BareServer { directory }) = args.only {
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-        return runtime.block_on(onboarding_bench::bare::serve(&directory));
-    }
-    if args.one_core {
+    if args.one_core && args.only.is_none() {
         machine::keep_to_other_cores()?;
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    match args.only {
+        Some(Only::BareServer { directory }) => return runtime.block_on(onboarding_bench::bare::serve(&directory)),
+        Some(Only::TlsState { connections }) => return onboarding_bench::floor::print_tls_state(connections),
+        None => {}
+    }
     let own = std::env::current_exe().context("finding this program")?;
     let bench = Bench {
         quick: args.quick,

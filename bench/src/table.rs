@@ -12,9 +12,13 @@ pub struct Figure {
     pub unit: &'static str,
     /// One for each repetition.
     pub ours: Vec<f64>,
+    /// At least one of them measured in the same run.
     pub against: Vec<Against>,
     /// In words: `at most 2 x the cryptography`. Empty: none, it is there to explain another.
     pub goal: String,
+    /// The same however often it is measured: the size of a file.
+    #[serde(skip)]
+    exact: bool,
 }
 
 /// The floor that nobody gets below with this library on this machine, or what somebody else's program needs.
@@ -29,11 +33,23 @@ pub struct Against {
 }
 
 impl Figure {
-    pub fn new(name: impl Into<String>, unit: &'static str, ours: Vec<f64>) -> Self {
-        Self { name: name.into(), unit, ours, against: Vec::new(), goal: String::new() }
+    /// `floor`: what it stands beside, or its peer; measured in the same run.
+    pub fn new(
+        name: impl Into<String>,
+        unit: &'static str,
+        ours: Vec<f64>,
+        floor: (impl Into<String>, Vec<f64>),
+    ) -> Self {
+        let alone = Self { name: name.into(), unit, ours, against: Vec::new(), goal: String::new(), exact: false };
+        alone.against(floor.0, floor.1)
     }
 
-    /// Measured in the same run.
+    /// Of which there is nothing to repeat: the size of a file.
+    pub fn exact(name: impl Into<String>, unit: &'static str, ours: f64, peer: (impl Into<String>, f64)) -> Self {
+        Self { exact: true, ..Self::new(name, unit, vec![ours], (peer.0, vec![peer.1])) }
+    }
+
+    /// Another of the same run.
     pub fn against(mut self, what: impl Into<String>, samples: Vec<f64>) -> Self {
         self.against.push(Against { what: what.into(), samples, source: None });
         self
@@ -48,6 +64,22 @@ impl Figure {
     pub fn goal(mut self, goal: impl Into<String>) -> Self {
         self.goal = goal.into();
         self
+    }
+
+    /// # Errors
+    /// Something of it was measured in this run, and less often than asked for.
+    pub fn has_samples(&self, repeat: usize) -> anyhow::Result<()> {
+        let measured = self.against.iter().filter(|against| against.source.is_none());
+        let all = measured.map(|against| (against.what.as_str(), &against.samples)).chain([("ours", &self.ours)]);
+        for (what, samples) in all.filter(|_| !self.exact) {
+            anyhow::ensure!(
+                samples.len() >= repeat,
+                "{}: {what} was measured {} times of {repeat}",
+                self.name,
+                samples.len()
+            );
+        }
+        Ok(())
     }
 
     /// For people: a line for the figure and one for each thing that it stands beside.
@@ -111,17 +143,26 @@ mod tests {
 
     #[test]
     fn a_figure_says_its_spread_and_its_ratio() {
-        let figure = Figure::new("join: CPU", "ms", vec![3.0, 1.0, 2.0])
-            .against("its cryptography", vec![1.0])
+        let figure = Figure::new("join: CPU", "ms", vec![3.0, 1.0, 2.0], ("its cryptography", vec![1.0]))
             .beside("SPIRE 1.13.3", 4.0, "measured earlier")
             .goal("at most 2 x");
         let text = figure.lines();
         assert!(text.contains("2.00 (1.00..3.00) ms") && text.contains("at most 2 x"), "{text}");
         assert!(text.contains("ours is 2.00 x\n") && text.contains("ours is 0.500 x (measured earlier)"), "{text}");
-        assert_eq!(
-            Figure::new("none", "ms", Vec::new()).lines().split_whitespace().collect::<Vec<_>>(),
-            ["none", "-", "ms"]
-        );
+        let nothing = Figure::new("none", "ms", Vec::new(), ("its floor", Vec::new())).lines();
+        let rows: Vec<Vec<_>> = nothing.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(rows, [vec!["none", "-", "ms"], vec!["its", "floor", "-", "ms"]]);
+    }
+
+    #[test]
+    fn a_figure_knows_what_was_measured_too_seldom() {
+        let why = |figure: &Figure| figure.has_samples(2).map_err(|error| error.to_string());
+        let twice = Figure::new("rate", "joins/s", vec![1.0, 2.0], ("its floor", vec![3.0, 4.0]));
+        assert_eq!(why(&twice.clone().beside("SPIRE 1.13.3", 4.0, "measured earlier")), Ok(()));
+        assert_eq!(why(&twice.against("nginx", vec![5.0])), Err("rate: nginx was measured 1 times of 2".to_owned()));
+        let once = Figure::new("rate", "joins/s", vec![1.0], ("its floor", vec![3.0, 4.0]));
+        assert_eq!(why(&once), Err("rate: ours was measured 1 times of 2".to_owned()));
+        assert_eq!(why(&Figure::exact("size", "MiB", 5.5, ("pilot-agent", 30.1))), Ok(()));
     }
 
     #[test]

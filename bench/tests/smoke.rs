@@ -3,7 +3,6 @@
 
 use onboarding_bench::crowd::{Crowd, Habits};
 use onboarding_bench::figures::{Bench, Name};
-use onboarding_bench::floor::Cryptography;
 use onboarding_bench::plane::{MANIFESTS, Plane, World};
 use std::time::Duration;
 
@@ -62,14 +61,16 @@ async fn a_crowd_joins_by_both_kinds_of_evidence_and_comes_back_to_a_plane_that_
     );
 }
 
+/// Of those that need nothing but the plane. A figure that has fewer samples is an error of `Name::run`.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_figure_has_a_sample_for_each_repetition() {
-    let bench = bench();
-    let world = World::start().await.unwrap();
-    let floor = Cryptography::measure(&world, 3).unwrap();
-    assert!(floor.of_a_join() > floor.handshake && floor.handshake > 0.0);
-    for figure in Name::Join.run(&bench).await.unwrap() {
-        assert!(!figure.ours.is_empty() && figure.ours.iter().all(|sample| sample.is_finite()), "{figure:?}");
-        assert!(figure.lines().contains(&figure.name), "{}", figure.lines());
+async fn a_figure_has_a_sample_for_each_repetition_and_so_has_its_floor() {
+    let bench = Bench { repeat: 2, ..bench() };
+    for name in [Name::Join, Name::Decision, Name::Memory, Name::Restart, Name::Mesh] {
+        for figure in name.run(&bench).await.unwrap() {
+            let floors = figure.against.iter().filter(|against| against.source.is_none());
+            let all: Vec<f64> = floors.flat_map(|floor| &floor.samples).chain(&figure.ours).copied().collect();
+            assert!(all.len() >= 4 && all.iter().all(|sample| sample.is_finite()), "{figure:?}");
+            assert!(figure.lines().contains(&figure.name), "{}", figure.lines());
+        }
     }
 }

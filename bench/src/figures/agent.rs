@@ -41,10 +41,16 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
     plane.write_manifest("world.yaml", &on_loopback)?;
     // The first agent is not to wait for the world after the one that this makes.
     tokio::time::sleep(SETTLES_IN).await;
-    let (mut joined, mut restarted, mut alone, mut idle) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut joined, mut restarted, mut idle) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut alone, mut version) = (Vec::new(), Vec::new());
     for turn in 0..bench.repeat {
         let host = Host::new(bench, &world, &plane, &agent, &envoy, turn)?;
+        if turn == 0 {
+            // Read from the disk, which is no part of any of them.
+            host.envoy_alone().await?;
+        }
         alone.push(host.envoy_alone().await?);
+        version.push(envoy_version(&envoy)?);
         let first = host.start().await?;
         joined.push(first.live_after);
         first.stop().await?;
@@ -60,20 +66,29 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
     let less = |live: &[f64]| live.iter().zip(&alone).map(|(live, alone)| live - alone).collect::<Vec<_>>();
     let each = |idle: &[Idle], what: fn(&Idle) -> f64| idle.iter().map(what).collect::<Vec<_>>();
     let beside = |name: &str, unit, what: fn(&Idle) -> f64| {
-        Figure::new(name, unit, each(&idle, what)).against(PILOT, each(&peer.idle, what))
+        Figure::new(name, unit, each(&idle, what), (PILOT, each(&peer.idle, what)))
     };
     Ok(vec![
-        Figure::new("agent: size of the binary", "MiB", vec![size]).against(PILOT, vec![peer.size]).goal("8 MB"),
+        Figure::exact("agent: size of the binary", "MiB", size, (PILOT, peer.size)).goal("8 MB"),
         beside("agent: resident memory", "MiB", |idle| idle.resident).goal("8 MiB"),
         beside("agent: of that, not backed by its binary's file", "MiB", |idle| idle.anonymous),
         beside("agent: CPU in an idle hour", "s", |idle| idle.cpu),
         beside("agent: wakeups", "per s", |idle| idle.wakeups),
-        Figure::new("agent: from nothing to LIVE, less Envoy's own start", "ms", less(&joined))
-            .against("pilot-agent, which has its token already, less the same", less(&peer.live))
-            .goal("50 ms"),
-        Figure::new("agent: from what it holds to LIVE, less Envoy's own start", "ms", less(&restarted))
-            .against("Envoy's own start, with nothing to configure", alone)
-            .goal("50 ms"),
+        Figure::new(
+            "agent: from nothing to LIVE, less Envoy's own start",
+            "ms",
+            less(&joined),
+            ("envoy --version, which a registration carries", version),
+        )
+        .against("pilot-agent, which has its token already, less the same", less(&peer.live))
+        .goal("50 ms"),
+        Figure::new(
+            "agent: from what it holds to LIVE, less Envoy's own start",
+            "ms",
+            less(&restarted),
+            ("Envoy's own start, with nothing to configure", alone),
+        )
+        .goal("50 ms"),
     ])
 }
 
@@ -104,6 +119,15 @@ impl PilotAgent {
     }
 }
 
+/// In milliseconds.
+fn envoy_version(envoy: &Path) -> anyhow::Result<f64> {
+    let began = Instant::now();
+    let output =
+        Command::new(envoy).arg("--version").output().with_context(|| format!("starting {}", envoy.display()))?;
+    ensure!(output.status.success(), "{} --version: {}", envoy.display(), output.status);
+    Ok(began.elapsed().as_secs_f64() * 1e3)
+}
+
 /// As it is shipped, where `cargo build --profile agent` has been; else as it is built in release.
 fn binary(bench: &Bench) -> anyhow::Result<PathBuf> {
     let shipped = bench.binaries.parent().map(|target| target.join("agent/onboarding-agent"));
@@ -124,11 +148,6 @@ struct Running {
     child: Child,
     /// From its start, in milliseconds.
     live_after: f64,
-}
-
-struct Used {
-    cpu: Duration,
-    wakeups: u64,
 }
 
 /// What one that runs needs while nothing happens.
@@ -251,15 +270,15 @@ impl Running {
 
     async fn idle(&self, bench: &Bench) -> anyhow::Result<Idle> {
         tokio::time::sleep(SETTLES_IN).await;
-        let (before, began) = (self.used()?, Instant::now());
+        let (cpu, waits, began) = (machine::cpu_time(self.pid())?, self.waits()?, Instant::now());
         tokio::time::sleep(Duration::from_secs(bench.count(2, 20) as u64)).await;
-        let (after, hours) = (self.used()?, began.elapsed().as_secs_f64() / 3600.0);
-        let memory = machine::memory(self.pid())?;
+        let (spent, waited) = (machine::cpu_time(self.pid())? - cpu, self.waits()? - waits);
+        let (seconds, memory) = (began.elapsed().as_secs_f64(), machine::memory(self.pid())?);
         Ok(Idle {
             resident: memory.resident as f64 / MIB,
             anonymous: memory.anonymous as f64 / MIB,
-            cpu: (after.cpu - before.cpu).as_secs_f64() / hours,
-            wakeups: (after.wakeups - before.wakeups) as f64 / hours / 3600.0,
+            cpu: spent.as_secs_f64() / seconds * 3600.0,
+            wakeups: waited as f64 / seconds,
         })
     }
 
@@ -267,19 +286,15 @@ impl Running {
         self.child.id().cast_signed()
     }
 
-    /// In nanoseconds, unlike `/proc/<pid>/stat`.
-    fn used(&self) -> anyhow::Result<Used> {
-        let mut used = Used { cpu: Duration::ZERO, wakeups: 0 };
+    /// How often its threads waited for something.
+    fn waits(&self) -> anyhow::Result<u64> {
+        let mut waits = 0;
         for thread in std::fs::read_dir(format!("/proc/{}/task", self.pid()))? {
-            let thread = thread?.path();
-            let schedstat = std::fs::read_to_string(thread.join("schedstat"))?;
-            let ran = schedstat.split(' ').next().and_then(|field| field.parse().ok());
-            used.cpu += Duration::from_nanos(ran.context("reading /proc/<pid>/task/<thread>/schedstat")?);
-            let status = std::fs::read_to_string(thread.join("status"))?;
+            let status = std::fs::read_to_string(thread?.path().join("status"))?;
             let switches = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-            used.wakeups += switches.and_then(|count| count.trim().parse::<u64>().ok()).unwrap_or_default();
+            waits += switches.and_then(|count| count.trim().parse::<u64>().ok()).unwrap_or_default();
         }
-        Ok(used)
+        Ok(waits)
     }
 
     /// As a VM that loses its power: agent and Envoy at once.

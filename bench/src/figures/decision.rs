@@ -2,14 +2,16 @@
 
 use super::Bench;
 use crate::crowd::{Crowd, Habits, Members};
-use crate::machine;
 use crate::plane::{GROUP, MANIFESTS, NAMESPACE, Plane, World};
 use crate::table::Figure;
+use crate::{floor, machine};
 use anyhow::{Context, ensure};
 use onboarding_core::group::WorkloadGroup;
 use onboarding_core::identity::Identity;
 use onboarding_core::policy::{Decision, Policy, PolicySet};
 use onboarding_kinds::manifest::{self, Object};
+use saphyr_parser::Parser;
+use std::collections::HashMap;
 use std::fmt::Write;
 use std::time::{Duration, Instant};
 
@@ -61,10 +63,10 @@ fn written(numbers: &[usize]) -> anyhow::Result<String> {
     Ok(text)
 }
 
-fn instance(account: u64, role: usize) -> anyhow::Result<Identity> {
+fn instance(account: u64, number: usize) -> anyhow::Result<Identity> {
     let document = serde_json::json!({"aws": {
         "partition": "aws", "account": format!("{account:012}"), "region": "us-east-2", "zone": "us-east-2b",
-        "ec2": {"instanceId": "i-1234567890abcdef0", "iamRole": {"name": format!("role-{role}")}},
+        "ec2": {"instanceId": "i-1234567890abcdef0", "iamRole": {"name": role(number)}},
     }});
     onboarding_kinds::identity::from_json(&document, &[]).map_err(anyhow::Error::msg)
 }
@@ -89,98 +91,137 @@ fn decide(bench: &Bench, size: usize) -> anyhow::Result<Vec<Figure>> {
     let last = size - 1;
     let account = 100_000_000_000_u64 + last as u64 / 100;
     let (admitted, refused) = (instance(account, last)?, instance(account, size + 1)?);
-    let (mut yes, mut no, mut compile, mut read) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut yes, mut no, mut hit, mut miss) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut compile, mut map, mut read, mut parse) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..bench.repeat {
-        let again = policies.clone();
+        let (again, keys): (_, Vec<String>) = (policies.clone(), (0..size).map(role).collect());
         let began = Instant::now();
         let set = PolicySet::compile(again);
         compile.push(began.elapsed().as_secs_f64() * 1e3);
+        let began = Instant::now();
+        let roles: HashMap<String, usize> = keys.into_iter().zip(0..).collect();
+        map.push(began.elapsed().as_secs_f64() * 1e3);
         let began = Instant::now();
         for text in &texts {
             ensure!(manifest::read("policies.yaml", text).faults.is_empty());
         }
         read.push(began.elapsed().as_secs_f64() * 1e3);
-        let calls = bench.count(1000, 100_000);
-        yes.push(
-            1e6 * machine::per_call(calls, || {
-                ensure!(matches!(set.decide(&admitted, &group), Decision::Allowed { .. }));
+        let began = Instant::now();
+        for text in &texts {
+            Parser::new_from_str(text).try_for_each(|event| event.map(drop))?;
+        }
+        parse.push(began.elapsed().as_secs_f64() * 1e3);
+
+        let us = |call: &dyn Fn() -> bool| -> anyhow::Result<f64> {
+            let each = machine::per_call(bench.count(1000, 100_000), || {
+                ensure!(std::hint::black_box(call()));
                 Ok(())
-            })?,
-        );
-        no.push(
-            1e6 * machine::per_call(calls, || {
-                ensure!(set.decide(&refused, &group) == Decision::Refused);
-                Ok(())
-            })?,
-        );
+            })?;
+            Ok(each * 1e6)
+        };
+        yes.push(us(&|| matches!(set.decide(&admitted, &group), Decision::Allowed { .. }))?);
+        no.push(us(&|| set.decide(&refused, &group) == Decision::Refused)?);
+        let (there, absent) = (role(last), role(size + 1));
+        hit.push(us(&|| roles.contains_key(std::hint::black_box(&there)))?);
+        miss.push(us(&|| !roles.contains_key(std::hint::black_box(&absent)))?);
     }
-    let mut compile = Figure::new(format!("compiling {size} policies"), "ms", compile);
+    let lookup = "a lookup in a HashMap of as many roles";
+    let mut compile =
+        Figure::new(format!("compiling {size} policies"), "ms", compile, ("a HashMap of as many roles", map));
     if size == 10_000 {
         compile = compile.goal("with the recheck of 10,000 below: 100 ms");
     }
     Ok(vec![
-        Figure::new(format!("decision among {size} policies: allowed"), "us", yes).goal("2 us, flat"),
-        Figure::new(format!("decision among {size} policies: refused"), "us", no).goal("2 us, flat"),
+        Figure::new(format!("decision among {size} policies: allowed"), "us", yes, (lookup, hit)).goal("2 us, flat"),
+        Figure::new(format!("decision among {size} policies: refused"), "us", no, (lookup, miss)).goal("2 us, flat"),
         compile,
-        Figure::new(format!("reading {size} policies from YAML"), "ms", read),
+        Figure::new(
+            format!("reading {size} policies from YAML"),
+            "ms",
+            read,
+            ("the YAML parser's events alone", parse),
+        ),
     ])
 }
 
-/// From the rename of a manifest to the word that the one agent gets whom it concerns: with nobody else there, and among many.
+fn role(number: usize) -> String {
+    format!("role-{number}")
+}
+
+/// From the rename of a manifest to the word that the one agent gets whom it concerns, with nobody else there and among many; and to the
+/// word that all get.
 async fn recheck(bench: &Bench, started: Instant) -> anyhow::Result<Vec<Figure>> {
     let world = World::start().await?;
     let plane = Plane::start(bench, &world).await?;
     let crowd = Crowd::new(&plane.target(), world.cheap(), world.whereto())?;
     let size = bench.count(200, 10_000);
     // Whoever isn't among the others comes by a policy of its own.
-    let others = Crowd::new(&plane.target(), world.ec2_document(), world.whereto())?;
-    let alone = one_is_withdrawn(bench, &world, &plane, &others).await?;
-    bench.say(started, &format!("{size} agents join"));
-    let joins = crowd.join_all(crowd.newcomers(size)?, LINES).await?;
-    let members = crowd.stay(joins.joined, Habits { come_back: false, ..Habits::default() });
-    members.until(CONNECTED_WITHIN, |status| status.connected && status.boots > 0).await?;
-    bench.say(started, "a policy changes that concerns one of them");
-    let among = one_is_withdrawn(bench, &world, &plane, &others).await?;
-    bench.say(started, "nobody is admitted any more");
-    let (before, began) = (plane.cpu_time()?, Instant::now());
-    std::fs::remove_file(plane.directory().join(MANIFESTS).join("policy.yaml"))?;
-    let all = told(&members, began).await?;
-    let cpu = (plane.cpu_time()? - before).as_secs_f64();
+    let instances = Crowd::new(&plane.target(), world.ec2_document(), world.whereto())?;
+    let (mut alone, mut among, mut all, mut cpu) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut decisions, mut messages) = (Vec::new(), Vec::new());
+    for _ in 0..bench.repeat {
+        plane.write_manifest("policy.yaml", &world.policy_for_jwts())?;
+        bench.say(started, "a policy changes that concerns the only one");
+        alone.push(one_is_withdrawn(&world, &plane, &instances).await?);
+        // It may not have been read yet.
+        drop(admitted(&crowd).await?);
+        bench.say(started, &format!("{size} agents join"));
+        let joins = crowd.join_all(crowd.newcomers(size)?, LINES).await?;
+        let members = crowd.stay(joins.joined, Habits { come_back: false, ..Habits::default() });
+        members.until(CONNECTED_WITHIN, |status| status.connected && status.boots > 0).await?;
+        bench.say(started, "a policy changes that concerns one of them");
+        among.push(one_is_withdrawn(&world, &plane, &instances).await?);
+        bench.say(started, "nobody is admitted any more");
+        let (before, began) = (plane.cpu_time()?, Instant::now());
+        std::fs::remove_file(plane.directory().join(MANIFESTS).join("policy.yaml"))?;
+        all.push(told(&members, began).await?);
+        cpu.push((plane.cpu_time()? - before).as_secs_f64() * 1e3 / size as f64);
+        decisions.push(decisions_alone(size)?);
+        messages.push(floor::message(size, WORD)? * 1e3);
+    }
     let difference = |pair: (&f64, &f64)| (pair.0 - pair.1).max(0.0);
     let added: Vec<f64> = among.iter().zip(&alone).map(difference).collect();
+    let name = |what: &str| format!("recheck of {size} sessions: {what}");
+    let withdrawn = |what: &str| format!("{size} sessions withdrawn, durably: {what}");
+    let written = messages.iter().map(|each| each * size as f64).collect();
     Ok(vec![
-        Figure::new(format!("recheck of {size} sessions: change to the one concerned"), "ms", among)
-            .against("the same with no other session", alone),
-        Figure::new(format!("recheck of {size} sessions: what they add"), "ms", added)
+        Figure::new(name("change to the one concerned"), "ms", among, ("the same with no other session", alone)),
+        Figure::new(name("what they add"), "ms", added, ("that many decisions alone", decisions))
             .goal("with compiling 10,000 policies: 100 ms"),
-        Figure::new(format!("{size} sessions withdrawn, durably: all told"), "ms", vec![all * 1e3]),
-        Figure::new(
-            format!("{size} sessions withdrawn, durably: plane's CPU each"),
-            "ms",
-            vec![cpu * 1e3 / size as f64],
-        ),
+        Figure::new(withdrawn("all told"), "ms", all, ("that many messages, encrypted and written", written)),
+        Figure::new(withdrawn("plane's CPU each"), "ms", cpu, ("a message, encrypted and written", messages)),
     ])
 }
 
-async fn told(members: &Members, since: Instant) -> anyhow::Result<f64> {
-    members.until(TOLD_WITHIN, |status| status.ended.is_some()).await?;
-    Ok(since.elapsed().as_secs_f64())
+/// About what is said to one that isn't admitted any more, in bytes.
+const WORD: usize = 200;
+
+/// In milliseconds.
+fn decisions_alone(count: usize) -> anyhow::Result<f64> {
+    let (set, group) = (PolicySet::compile(policies(10)?.0), group()?);
+    let identity = instance(100_000_000_000, 9)?;
+    let each = machine::per_call(count, || {
+        ensure!(matches!(set.decide(&identity, &group), Decision::Allowed { .. }));
+        Ok(())
+    })?;
+    Ok(each * count as f64 * 1e3)
 }
 
-/// An EC2 instance, which the policy of all others doesn't admit, joins by one that is then taken away.
-async fn one_is_withdrawn(bench: &Bench, world: &World, plane: &Plane, crowd: &Crowd) -> anyhow::Result<Vec<f64>> {
-    plane.write_manifest("policy.yaml", &world.policy_for_jwts())?;
-    let mut milliseconds = Vec::new();
-    for _ in 0..bench.repeat.max(3) {
-        plane.write_manifest("one.yaml", &world.policy_for_instances())?;
-        let joined = admitted(crowd).await?;
-        let member = crowd.stay(joined, Habits { come_back: false, ..Habits::default() });
-        member.until(CONNECTED_WITHIN, |status| status.connected && status.boots > 0).await?;
-        let began = Instant::now();
-        std::fs::remove_file(plane.directory().join(MANIFESTS).join("one.yaml"))?;
-        milliseconds.push(told(&member, began).await? * 1e3);
-    }
-    Ok(milliseconds)
+/// In milliseconds.
+async fn told(members: &Members, since: Instant) -> anyhow::Result<f64> {
+    members.until(TOLD_WITHIN, |status| status.ended.is_some()).await?;
+    Ok(since.elapsed().as_secs_f64() * 1e3)
+}
+
+/// An EC2 instance, which the policy of all others doesn't admit, joins by one that is then taken away. Milliseconds until it knows.
+async fn one_is_withdrawn(world: &World, plane: &Plane, instances: &Crowd) -> anyhow::Result<f64> {
+    plane.write_manifest("one.yaml", &world.policy_for_instances())?;
+    let joined = admitted(instances).await?;
+    let member = instances.stay(joined, Habits { come_back: false, ..Habits::default() });
+    member.until(CONNECTED_WITHIN, |status| status.connected && status.boots > 0).await?;
+    let began = Instant::now();
+    std::fs::remove_file(plane.directory().join(MANIFESTS).join("one.yaml"))?;
+    told(&member, began).await
 }
 
 /// The plane may not have read the policy yet.

@@ -28,46 +28,27 @@ struct Samples {
 pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
     let started = Instant::now();
     let world = World::start().await?;
-    let mut figures = Vec::new();
     bench.say(started, "a join's cryptography alone, and fsync");
-    let floors: Vec<Cryptography> = (0..bench.repeat)
+    let cryptography: Vec<Cryptography> = (0..bench.repeat)
         .map(|_| Cryptography::measure(&world, bench.count(20, 1000)))
         .collect::<anyhow::Result<_>>()?;
-    let fsyncs: Vec<f64> =
-        machine::fsync(&bench.directory, bench.count(5, 200))?.into_iter().map(|it| it * 1e3).collect();
-    #[allow(clippy::type_complexity, reason = "four rows of a table")]
-    let parts: [(&str, fn(&Cryptography) -> f64); 4] = [
-        ("TLS 1.3 handshake, server", |it| it.handshake),
-        ("P-256 verification (two of a join)", |it| it.verify),
-        ("P-256 signature", |it| it.sign),
-        ("RSA-2048 verification (JWT or document)", |it| it.rsa_verify),
-    ];
-    for (name, part) in parts {
-        figures.push(Figure::new(format!("floor: {name}"), "ms", floors.iter().map(|it| part(it) * 1e3).collect()));
-    }
-    let floor: Vec<f64> = floors.iter().map(|it| it.of_a_join() * 1e3).collect();
-    figures.push(Figure::new("floor: a join's cryptography", "ms", floor.clone()));
-    figures.push(Figure::new("floor: fdatasync of 4 KiB", "ms", fsyncs.clone()));
+    let fsyncs = machine::fsync(&bench.directory, bench.count(5, 200))?.into_iter().map(|it| it * 1e3).collect();
 
     let levels: &[usize] = if bench.one_core { &[1, 8, 32] } else { &[1, 8, 64] };
-    let bare = bare(bench, started, &world, levels).await?;
+    let bare = constants(bench, started, &world, levels).await?;
+    let floors = Floors { cryptography, fsyncs };
+    let mut figures = vec![floors.parts()];
     for (kind, evidence) in [("JWT", world.jwt()), ("EC2 document", world.ec2_document())] {
-        let measured = measure(bench, started, &world, kind, evidence, levels).await?;
+        let measured = joins(bench, started, &world, kind, evidence, levels).await?;
         let alone = measured.first().map(|first| first.p50.clone()).unwrap_or_default();
         for ((level, samples), bare) in levels.iter().zip(measured).zip(&bare) {
-            figures.extend(rows(
-                bench,
-                kind,
-                *level,
-                samples,
-                Floors { cryptography: &floor, bare, fsyncs: &fsyncs, alone: &alone },
-            ));
+            figures.extend(rows(bench, kind, *level, samples, bare, &alone, &floors));
         }
     }
     Ok(figures)
 }
 
-async fn measure(
+async fn joins(
     bench: &Bench,
     started: Instant,
     world: &World,
@@ -81,71 +62,67 @@ async fn measure(
     let mut all = Vec::new();
     for &level in levels {
         bench.say(started, &format!("{kind}, {level} at once"));
-        let mut samples = Samples::default();
+        all.push(Samples::measure(bench, &crowd, level, plane.pid(), async || closed(&plane).await).await?);
+    }
+    Ok(all)
+}
+
+/// The libraries alone: joins that are answered with constants.
+async fn constants(bench: &Bench, started: Instant, world: &World, levels: &[usize]) -> anyhow::Result<Vec<Samples>> {
+    let server = Bare::start(bench, world)?;
+    let crowd = Crowd::new(&server.target(), world.jwt(), world.whereto())?;
+    crowd.join(crowd.newcomers(bench.count(5, WARM_UP))?, 4).await;
+    let mut all = Vec::new();
+    for &level in levels {
+        bench.say(started, &format!("{CONSTANTS}, {level} at once"));
+        all.push(Samples::measure(bench, &crowd, level, server.pid(), async || idle(&server).await).await?);
+    }
+    Ok(all)
+}
+
+impl Samples {
+    /// Of the server with this pid. `closed`: waits until it is done with the connections that ended.
+    async fn measure(
+        bench: &Bench,
+        crowd: &Crowd,
+        level: usize,
+        pid: i32,
+        closed: impl AsyncFn() -> anyhow::Result<()>,
+    ) -> anyhow::Result<Self> {
+        let mut samples = Self::default();
         for _ in 0..bench.repeat {
             let count = counted(bench, level);
             let newcomers = crowd.newcomers(count)?;
-            let before = plane.cpu_time()?;
+            let before = machine::cpu_time(pid)?;
             let joins = crowd.join_all(newcomers, level).await?;
             drop(joins.joined);
             // Ending a connection is part of what it costs.
-            closed(&plane).await?;
-            let cpu = plane.cpu_time()? - before;
+            closed().await?;
+            let cpu = machine::cpu_time(pid)? - before;
             let latencies: Vec<f64> = joins.latencies.iter().map(|it| it.as_secs_f64() * 1e3).collect();
             samples.rate.push(count as f64 / joins.elapsed.as_secs_f64());
             samples.p50.extend(median(&latencies));
             samples.p99.extend(quantile(&latencies, 0.99));
             samples.cpu.push(cpu.as_secs_f64() * 1e3 / count as f64);
         }
-        all.push(samples);
+        Ok(samples)
     }
-    Ok(all)
-}
-
-/// The libraries alone, at one number at once: joins that are answered with constants.
-#[derive(Default)]
-struct Constants {
-    rate: Vec<f64>,
-    cpu: Vec<f64>,
-}
-
-async fn bare(bench: &Bench, started: Instant, world: &World, levels: &[usize]) -> anyhow::Result<Vec<Constants>> {
-    let server = Bare::start(bench, world)?;
-    let crowd = Crowd::new(&server.target(), world.jwt(), world.whereto())?;
-    crowd.join(crowd.newcomers(bench.count(5, WARM_UP))?, 4).await;
-    let mut all = Vec::new();
-    for &level in levels {
-        bench.say(started, &format!("TLS and HTTP/2 alone, {level} at once"));
-        let mut samples = Constants::default();
-        for _ in 0..bench.repeat {
-            let count = counted(bench, level);
-            let newcomers = crowd.newcomers(count)?;
-            let before = server.cpu_time()?;
-            let joins = crowd.join_all(newcomers, level).await?;
-            samples.rate.push(count as f64 / joins.elapsed.as_secs_f64());
-            drop(joins.joined);
-            idle(&server).await?;
-            samples.cpu.push((server.cpu_time()? - before).as_secs_f64() * 1e3 / count as f64);
-        }
-        all.push(samples);
-    }
-    Ok(all)
 }
 
 /// It has no metrics: it is done with the connections that ended when it computes no more.
 async fn idle(server: &Bare) -> anyhow::Result<()> {
-    let mut before = server.cpu_time()?;
+    let mut before = machine::cpu_time(server.pid())?;
     loop {
         tokio::time::sleep(Duration::from_millis(100)).await;
-        let now = server.cpu_time()?;
-        if now == before {
+        let now = machine::cpu_time(server.pid())?;
+        if now - before < Duration::from_millis(1) {
             return Ok(());
         }
         before = now;
     }
 }
 
-/// Enough of them for a clock that ticks a hundred times a second.
+/// Enough of them for a p99.
 fn counted(bench: &Bench, level: usize) -> usize {
     bench.count(level.max(10), if level == 1 { 400 } else { 1500 })
 }
@@ -172,28 +149,48 @@ fn peers(level: usize) -> Option<[(&'static str, f64, f64, Option<f64>); 2]> {
     }
 }
 
-/// What the figures of one number at once stand beside; times in ms.
-struct Floors<'a> {
-    cryptography: &'a [f64],
-    /// The same connection and calls, with nothing behind them.
-    bare: &'a Constants,
-    fsyncs: &'a [f64],
-    /// The median of one agent alone.
-    alone: &'a [f64],
+/// What stands beside every number of agents at once.
+struct Floors {
+    cryptography: Vec<Cryptography>,
+    /// In ms.
+    fsyncs: Vec<f64>,
 }
 
-fn rows(bench: &Bench, kind: &str, level: usize, samples: Samples, floors: Floors<'_>) -> Vec<Figure> {
-    let Floors { cryptography, bare, fsyncs, alone } = floors;
+impl Floors {
+    /// In ms.
+    fn of(&self, part: fn(&Cryptography) -> f64) -> Vec<f64> {
+        self.cryptography.iter().map(|it| part(it) * 1e3).collect()
+    }
+
+    /// What a join's cryptography consists of.
+    fn parts(&self) -> Figure {
+        let handshake = ("a TLS 1.3 handshake, server", self.of(|it| it.handshake));
+        Figure::new("a join's cryptography", "ms", self.of(Cryptography::of_a_join), handshake)
+            .against("a P-256 verification, of which it has two", self.of(|it| it.verify))
+            .against("a P-256 signature", self.of(|it| it.sign))
+            .against("an RSA-2048 verification", self.of(|it| it.rsa_verify))
+    }
+}
+
+/// `bare`: the same connections and calls, with nothing behind them. `alone`: the median of one agent alone.
+fn rows(
+    bench: &Bench,
+    kind: &str,
+    level: usize,
+    samples: Samples,
+    bare: &Samples,
+    alone: &[f64],
+    floors: &Floors,
+) -> Vec<Figure> {
     let name = |what: &str| format!("join, {kind}, {level} at once: {what}");
-    let mut rate = Figure::new(name("rate"), "joins/s", samples.rate).against(CONSTANTS, bare.rate.clone());
-    let mut p50 = Figure::new(name("p50"), "ms", samples.p50.clone());
-    let mut p99 = Figure::new(name("p99"), "ms", samples.p99);
-    let mut cpu = Figure::new(name("plane's CPU"), "ms", samples.cpu)
-        .against("its cryptography", cryptography.to_vec())
-        .against(CONSTANTS, bare.cpu.clone())
-        .goal("at most 2 x its cryptography");
+    let mut rate = Figure::new(name("rate"), "joins/s", samples.rate, (CONSTANTS, bare.rate.clone()));
+    let mut p50 = Figure::new(name("p50"), "ms", samples.p50.clone(), (CONSTANTS, bare.p50.clone()));
+    let mut p99 = Figure::new(name("p99"), "ms", samples.p99, (CONSTANTS, bare.p99.clone()));
+    let mut cpu =
+        Figure::new(name("plane's CPU"), "ms", samples.cpu, ("its cryptography", floors.of(Cryptography::of_a_join)))
+            .goal("at most 2 x its cryptography");
     if level == 1 {
-        p50 = p50.against("one fdatasync", fsyncs.to_vec());
+        p50 = p50.against("one fdatasync of 4 KiB", floors.fsyncs.clone());
     }
     if level == 64 {
         p99 = p99.against("p50 at 64", samples.p50).against("p50 of one alone", alone.to_vec()).goal("at most 5 x p50");

@@ -2,14 +2,10 @@
 
 use super::Bench;
 use crate::crowd::{Crowd, Habits, Members};
-use crate::machine;
+use crate::floor;
 use crate::plane::{GROUP, NAMESPACE, Plane, World};
 use crate::table::{Figure, median};
-use anyhow::ensure;
-use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use std::collections::HashMap;
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 /// How many agents join at a time before anything is measured.
@@ -18,8 +14,8 @@ const LINES: usize = 32;
 const CONNECTED_WITHIN: Duration = Duration::from_secs(600);
 const KNOWN_WITHIN: Duration = Duration::from_secs(60);
 /// In which nothing changes, before the next change is measured.
-const MIB: f64 = 1024.0 * 1024.0;
 const STILL_FOR: Duration = Duration::from_millis(500);
+const MIB: f64 = 1024.0 * 1024.0;
 
 /// Every agent's egress leads to the service that all of them are behind.
 fn service() -> String {
@@ -30,70 +26,101 @@ fn service() -> String {
 
 pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
     let mut figures = Vec::new();
-    let world = World::start().await?;
+    let (world, started) = (World::start().await?, Instant::now());
     for size in [bench.count(20, 1000), bench.count(100, 10_000)] {
-        figures.extend(one_changes(bench, &world, size).await?);
+        let mut samples = Samples::default();
+        for _ in 0..bench.repeat {
+            samples.measure(bench, started, &world, size).await?;
+        }
+        figures.extend(samples.figures(size));
     }
     Ok(figures)
 }
 
-async fn one_changes(bench: &Bench, world: &World, size: usize) -> anyhow::Result<Vec<Figure>> {
-    let started = Instant::now();
-    let plane = Plane::start(bench, world).await?;
-    plane.write_manifest("service.yaml", &service())?;
-    let crowd = Crowd::new(&plane.target(), world.cheap(), world.whereto())?;
-    bench.say(started, &format!("{size} agents join"));
-    let joins = crowd.join_all(crowd.newcomers(size)?, LINES).await?;
-    bench.say(started, "their sessions open");
-    let habits = Habits { report_health: false, ..Habits::default() };
-    let opened = Instant::now();
-    let members = crowd.stay(joins.joined, habits.clone());
-    members.until(CONNECTED_WITHIN, |status| status.connected && status.boots > 0).await?;
-    let first = opened.elapsed().as_secs_f64();
-    bench.say(started, "every agent has its first configuration");
-    still(&members).await;
-    let (peak, steady) = (plane.peak_memory()? as f64 / MIB, plane.memory()?.resident as f64 / MIB);
+/// Of one number of registrations: a sample for each mesh that was made of them.
+#[derive(Default)]
+struct Samples {
+    /// Seconds until all had the whole configuration, and of the library and the kernel for as much.
+    first: Vec<f64>,
+    first_floor: Vec<f64>,
+    /// MiB of the plane.
+    peak: Vec<f64>,
+    steady: Vec<f64>,
+    /// Bytes to each agent.
+    change: Vec<f64>,
+    whole: Vec<f64>,
+    /// Milliseconds until all had the change.
+    known: Vec<f64>,
+    known_floor: Vec<f64>,
+    /// Microseconds of CPU for each agent.
+    cpu: Vec<f64>,
+    cpu_floor: Vec<f64>,
+}
 
-    let (mut bytes, mut seconds, mut cpu) = (Vec::new(), Vec::new(), Vec::new());
-    for turn in 0..bench.repeat.max(3) {
-        let known: HashMap<String, usize> =
+impl Samples {
+    async fn measure(&mut self, bench: &Bench, started: Instant, world: &World, size: usize) -> anyhow::Result<()> {
+        let plane = Plane::start(bench, world).await?;
+        plane.write_manifest("service.yaml", &service())?;
+        let crowd = Crowd::new(&plane.target(), world.cheap(), world.whereto())?;
+        bench.say(started, &format!("{size} agents join"));
+        let joins = crowd.join_all(crowd.newcomers(size)?, LINES).await?;
+        bench.say(started, "their sessions open");
+        let habits = Habits { report_health: false, ..Habits::default() };
+        let opened = Instant::now();
+        let members = crowd.stay(joins.joined, habits.clone());
+        members.until(CONNECTED_WITHIN, |status| status.connected && status.boots > 0).await?;
+        self.first.push(opened.elapsed().as_secs_f64());
+        bench.say(started, "every agent has its first configuration");
+        still(&members).await;
+        self.peak.push(plane.peak_memory()? as f64 / MIB);
+        self.steady.push(plane.memory()?.resident as f64 / MIB);
+
+        let boots: HashMap<String, usize> =
             members.statuses().map(|status| (status.registration, status.boots)).collect();
         let newcomer = crowd.newcomers(1)?;
         let (before, began) = (plane.cpu_time()?, Instant::now());
-        let one = crowd.join(newcomer, 1).await;
-        ensure!(one.failures.is_empty(), "the one more agent could not join: {:?}", one.failures);
-        let has_it = |registration: &str, boots: usize| known.get(registration).is_none_or(|known| boots > *known);
+        let one = crowd.join_all(newcomer, 1).await?;
+        let has_it = |registration: &str, now: usize| boots.get(registration).is_none_or(|before| now > *before);
         members.until(KNOWN_WITHIN, |status| has_it(&status.registration, status.boots)).await?;
-        seconds.push(began.elapsed().as_secs_f64() * 1e3);
+        let known = began.elapsed().as_secs_f64() * 1e3;
         still(&members).await;
-        cpu.push((plane.cpu_time()? - before).as_secs_f64() * 1e6 / size as f64);
-        let sizes: Vec<f64> = members.statuses().map(|status| status.boot_size as f64).collect();
-        bytes.push(median(&sizes).unwrap_or_default());
-        bench.say(started, &format!("change {}: every agent has it after {:.0} ms", turn + 1, seconds[turn]));
-    }
-    let whole = whole(&crowd, &habits).await?;
-    let message = bytes.first().copied().unwrap_or_default() as usize;
-    let floor = writes(size, message)?;
-    Ok(vec![
-        Figure::new(format!("mesh, {size} registrations: until all have the whole configuration"), "s", vec![first]),
-        Figure::new(format!("mesh, {size} registrations: peak memory of the plane meanwhile"), "MiB", vec![peak])
-            .against("afterwards", vec![steady]),
-        Figure::new(format!("mesh, {size} registrations, one more: bytes to each agent"), "bytes", bytes)
-            .against("the whole configuration", vec![whole])
-            .goal("as the change, not as the mesh"),
-        Figure::new(format!("mesh, {size} registrations, one more: until all have it"), "ms", seconds)
-            .against("that many records of TLS, encrypted and written", floor)
-            .goal("100 ms are waited for more"),
-        Figure::new(format!("mesh, {size} registrations, one more: CPU of the plane for each"), "us", cpu),
-    ])
-}
+        self.known.push(known);
+        self.cpu.push((plane.cpu_time()? - before).as_secs_f64() * 1e6 / size as f64);
+        let change = median(&members.statuses().map(|status| status.boot_size as f64).collect::<Vec<_>>());
+        let change = change.unwrap_or_default();
+        bench.say(started, &format!("one more: every agent has it after {known:.0} ms"));
 
-/// What one that comes with nothing is sent, in bytes.
-async fn whole(crowd: &Crowd, habits: &Habits) -> anyhow::Result<f64> {
-    let last = crowd.join(crowd.newcomers(1)?, 1).await;
-    let last = crowd.stay(last.joined, habits.clone());
-    last.until(KNOWN_WITHIN, |status| status.boots > 0).await?;
-    Ok(last.statuses().map(|status| status.boot_size as f64).sum())
+        // What one is sent that comes with nothing.
+        let last = crowd.stay(one.joined, habits);
+        last.until(KNOWN_WITHIN, |status| status.boots > 0).await?;
+        let whole = last.statuses().map(|status| status.boot_size as f64).sum();
+        self.change.push(change);
+        self.whole.push(whole);
+        self.first_floor.push(floor::message(size, whole as usize)? * size as f64);
+        let each = floor::message(size, change as usize)?;
+        self.known_floor.push(each * size as f64 * 1e3);
+        self.cpu_floor.push(each * 1e6);
+        Ok(())
+    }
+
+    fn figures(self, size: usize) -> Vec<Figure> {
+        let name = |what: &str| format!("mesh, {size} registrations{what}");
+        let written = "that many messages, encrypted and written, one core";
+        vec![
+            Figure::new(name(": until all have the whole"), "s", self.first, (written, self.first_floor)),
+            Figure::new(name(": peak memory meanwhile"), "MiB", self.peak, ("afterwards", self.steady)),
+            Figure::new(name(", one more: bytes to each"), "bytes", self.change, ("the whole", self.whole))
+                .goal("as the change, not as the mesh"),
+            Figure::new(name(", one more: until all have it"), "ms", self.known, (written, self.known_floor))
+                .goal("100 ms are waited for more"),
+            Figure::new(
+                name(", one more: plane's CPU for each"),
+                "us",
+                self.cpu,
+                ("a message, encrypted and written", self.cpu_floor),
+            ),
+        ]
+    }
 }
 
 /// Until no configuration came for a while.
@@ -107,28 +134,4 @@ async fn still(members: &Members) {
             return;
         }
     }
-}
-
-/// Milliseconds of what the library and the kernel need for `count` messages of this size: AES-256-GCM, and a write to a loopback socket.
-fn writes(count: usize, size: usize) -> anyhow::Result<Vec<f64>> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    let mut to = TcpStream::connect(listener.local_addr()?)?;
-    to.set_nodelay(true)?;
-    let (mut from, _) = listener.accept()?;
-    let reader = std::thread::spawn(move || {
-        let mut block = vec![0; 64 * 1024];
-        while from.read(&mut block).is_ok_and(|read| read > 0) {}
-    });
-    let key = LessSafeKey::new(UnboundKey::new(&AES_256_GCM, &[7; 32])?);
-    let mut record = vec![7; size];
-    let each = machine::per_call(count, || {
-        let tag = key.seal_in_place_separate_tag(Nonce::assume_unique_for_key([7; 12]), Aad::empty(), &mut record)?;
-        record[..tag.as_ref().len().min(size)].fill(7);
-        to.write_all(&record)?;
-        Ok(())
-    })?;
-    drop(to);
-    // It ends with the socket.
-    let _ = reader.join();
-    Ok(vec![each * count as f64 * 1e3])
 }

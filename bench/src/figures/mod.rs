@@ -63,21 +63,22 @@ pub enum Name {
 }
 
 impl Name {
-    /// Memory first: what the TLS library needs is measured in this process, before its allocator has anything left over.
     pub const ALL: [Self; 7] =
-        [Self::Memory, Self::Join, Self::Decision, Self::Restart, Self::Mesh, Self::Agent, Self::Repository];
+        [Self::Join, Self::Decision, Self::Memory, Self::Restart, Self::Mesh, Self::Agent, Self::Repository];
 
     /// # Errors
-    /// It could not be measured: something that must work didn't.
+    /// It could not be measured: something that must work didn't, or it was measured less often than asked for.
     pub async fn run(self, bench: &Bench) -> anyhow::Result<Vec<Figure>> {
-        match self {
-            Self::Join => join::run(bench).await,
-            Self::Decision => decision::run(bench).await,
-            Self::Memory => memory::run(bench).await,
-            Self::Restart => restart::run(bench).await,
-            Self::Mesh => mesh::run(bench).await,
-            Self::Agent => agent::run(bench).await,
-            Self::Repository => repository::run(bench).await,
-        }
+        let figures = match self {
+            Self::Join => join::run(bench).await?,
+            Self::Decision => decision::run(bench).await?,
+            Self::Memory => memory::run(bench).await?,
+            Self::Restart => restart::run(bench).await?,
+            Self::Mesh => mesh::run(bench).await?,
+            Self::Agent => agent::run(bench).await?,
+            Self::Repository => repository::run(bench).await?,
+        };
+        figures.iter().try_for_each(|figure| figure.has_samples(bench.repeat))?;
+        Ok(figures)
     }
 }

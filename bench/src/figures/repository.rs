@@ -17,6 +17,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
 const PATH: &str = "/install/deb/amd64/onboarding-agent.deb";
+const NGINX: &str = "nginx";
 const READY_WITHIN: Duration = Duration::from_secs(20);
 const DOWNLOADED_WITHIN: Duration = Duration::from_secs(120);
 const MIB: f64 = 1024.0 * 1024.0;
@@ -27,32 +28,25 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
     let world = World::start().await?;
     let site = Site::new(bench, &world, size)?;
     let client = Client::new(&world.tls().ca)?;
-    let (mut ours, mut theirs) = (Seen::default(), Seen::default());
-    let has_nginx = Command::new("nginx").arg("-v").stderr(Stdio::null()).status().is_ok_and(|status| status.success());
-    if !has_nginx {
-        bench.say(started, "nginx isn't installed (apt-get install nginx-light): measured without its peer");
-    }
+    let (mut ours, mut theirs, mut sealed) = (Seen::default(), Seen::default(), Vec::new());
     for _ in 0..bench.repeat {
         let server = site.repository(bench).await?;
         ours.measure(&server, &client, clients, size).await?;
         bench.say(started, &format!("ours: {:.0} MiB/s", ours.speed.last().copied().unwrap_or_default()));
         drop(server);
-        if has_nginx {
-            let server = site.nginx(bench).await?;
-            theirs.measure(&server, &client, clients, size).await?;
-            bench.say(started, &format!("nginx: {:.0} MiB/s", theirs.speed.last().copied().unwrap_or_default()));
-        }
+        let server = site.nginx(bench).await.context("nginx, which dev/setup --bench installs")?;
+        theirs.measure(&server, &client, clients, size).await?;
+        bench.say(started, &format!("nginx: {:.0} MiB/s", theirs.speed.last().copied().unwrap_or_default()));
+        sealed.push(sealing(size)?);
     }
     let name = |what: &str| format!("repository, {clients} clients: {what}");
-    let sealing = sealing(size)?;
     Ok(vec![
-        Figure::new(name("all together"), "MiB/s", ours.speed).against("nginx", theirs.speed).goal("as nginx"),
-        Figure::new(name("CPU of the server for a GiB"), "s", ours.cpu)
-            .against("nginx", theirs.cpu)
-            .against("AES-256-GCM alone", vec![sealing])
+        Figure::new(name("all together"), "MiB/s", ours.speed, (NGINX, theirs.speed)).goal("as nginx"),
+        Figure::new(name("CPU of the server for a GiB"), "s", ours.cpu, (NGINX, theirs.cpu))
+            .against("AES-256-GCM alone", sealed)
             .goal("as nginx"),
-        Figure::new(name("resident memory at its peak"), "MiB", ours.peak).against("nginx", theirs.peak).goal("flat"),
-        Figure::new(name("resident memory before"), "MiB", ours.before).against("nginx", theirs.before),
+        Figure::new(name("resident memory at its peak"), "MiB", ours.peak, (NGINX, theirs.peak)).goal("flat"),
+        Figure::new(name("resident memory before"), "MiB", ours.before, (NGINX, theirs.before)),
     ])
 }
 
@@ -168,7 +162,7 @@ http {{
 "
             ),
         )?;
-        let mut command = machine::on_planes_core(Path::new("nginx"), bench.one_core);
+        let mut command = machine::on_planes_core(Path::new(NGINX), bench.one_core);
         command.arg("-c").arg(self.at("nginx.conf")).arg("-p").arg(self.directory.path());
         self.start(command, address).await
     }
