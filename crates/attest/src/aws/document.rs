@@ -91,7 +91,7 @@ fn decode(document: &str) -> Result<Vec<u8>, DocumentError> {
     if document.len() > LARGEST {
         return Err(DocumentError::TooLarge(document.len()));
     }
-    let text: String = document.chars().filter(|c| !c.is_ascii_whitespace()).collect();
+    let text: String = document.split_ascii_whitespace().collect();
     if text.is_empty() {
         return Err(DocumentError::Empty);
     }

@@ -1,14 +1,15 @@
 //! A state as a row, and back.
 
 use jiff::Timestamp;
-use onboarding_core::identity::Attested;
+use onboarding_core::identity::{Attested, Identity};
 use onboarding_core::name::{GroupName, RegistrationName};
-use onboarding_core::registration::{Connection as Session, Ended, Health, KeyMemory, Live, State};
+use onboarding_core::registration::{Connection as Session, Ended, Health, HostReport, KeyMemory, Live, State};
 use onboarding_endpoint::backend::Stored;
 use onboarding_kinds::identity::{self, Case};
 use onboarding_kinds::war::lease::{self, parse_reason, parse_replay, reason_name, replay};
 use onboarding_kinds::war::report;
 use rusqlite::{Connection, named_params};
+use serde_json::Value;
 
 /// The columns of a row but its name and version.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -49,27 +50,31 @@ const REPLACE: &str = "INSERT OR REPLACE INTO registration (namespace, name, ver
 impl Row {
     /// `None` for `Absent`, which has no row. What is returned can be read back.
     pub fn new(state: &State) -> Result<Option<Self>, String> {
-        let row = match state {
-            State::Absent => return Ok(None),
-            State::Ended(ended) => Self { state: "ended".to_owned(), ended_at: time(ended.at), ..Self::default() }
-                .with_key(ended.key.as_ref()),
-            State::Live(live) => Self::live(live)?,
-        };
-        row.state()?;
-        Ok(Some(row))
+        match state {
+            State::Absent => Ok(None),
+            State::Ended(ended) => {
+                let row = Self { state: "ended".to_owned(), ended_at: time(ended.at), ..Self::default() };
+                Ok(Some(row.with_key(ended.key.as_ref())))
+            }
+            State::Live(live) => Self::live(live).map(Some),
+        }
     }
 
     fn live(live: &Live) -> Result<Self, String> {
         let (identity, claimed) = identity::stated_to_json(&live.attested.identity, Case::Camel);
+        let report = report::to_json(&live.report);
+        // These two say what a host said, and their readers refuse something; all else comes back as it is.
+        read_identity(&identity, &claimed)?;
+        read_report(&report)?;
         let mut row = Self {
             state: "live".to_owned(),
             group_namespace: Some(live.group.namespace.clone()),
             group_name: Some(live.group.name.clone()),
             identity: Some(identity.to_string()),
-            claimed_only: (!claimed.is_empty()).then(|| serde_json::Value::from(claimed).to_string()),
+            claimed_only: (!claimed.is_empty()).then(|| Value::from(claimed).to_string()),
             issuer_short_name: live.attested.issuer_short_name.clone(),
             evidence_replay: Some(replay(live.attested.replay)),
-            report: Some(report::to_json(&live.report).to_string()),
+            report: Some(report.to_string()),
             created_at: time(live.created_at),
             token_expires_at: time(live.token_expires_at),
             ready: Some(live.health.ready),
@@ -117,8 +122,7 @@ impl Row {
     fn parse_live(&self, key: KeyMemory) -> Result<Live, String> {
         let since = parse_time("connection_since", &self.connection_since)?;
         let json = |column, text: &Option<String>| {
-            serde_json::from_str::<serde_json::Value>(needed(column, text)?)
-                .map_err(|error| format!("{column}: {error}"))
+            serde_json::from_str::<Value>(needed(column, text)?).map_err(|error| format!("{column}: {error}"))
         };
         let claimed: Vec<String> = match &self.claimed_only {
             Some(text) => serde_json::from_str(text).map_err(|error| format!("claimed_only: {error}"))?,
@@ -130,14 +134,12 @@ impl Row {
                 name: needed("group_name", &self.group_name)?.to_owned(),
             },
             attested: Attested {
-                identity: identity::from_json(&json("identity", &self.identity)?, &claimed)
-                    .map_err(|problem| format!("identity: {problem}"))?,
+                identity: read_identity(&json("identity", &self.identity)?, &claimed)?,
                 issuer_short_name: self.issuer_short_name.clone(),
                 replay: parse_replay(needed("evidence_replay", &self.evidence_replay)?)?,
             },
             key,
-            report: report::from_json(&json("report", &self.report)?)
-                .map_err(|problem| format!("report: {problem}"))?,
+            report: read_report(&json("report", &self.report)?)?,
             created_at: parse_time("created_at", &self.created_at)?,
             token_expires_at: parse_time("token_expires_at", &self.token_expires_at)?,
             connection: match (&self.replica, &self.session, &self.disconnect_reason) {
@@ -230,6 +232,14 @@ pub fn read(row: &rusqlite::Row<'_>) -> rusqlite::Result<Result<(RegistrationNam
         })
         .map(|stored| (name.clone(), stored))
         .map_err(|problem| format!("{name}: {problem}")))
+}
+
+fn read_identity(value: &Value, claimed: &[String]) -> Result<Identity, String> {
+    identity::from_json(value, claimed).map_err(|problem| format!("identity: {problem}"))
+}
+
+fn read_report(value: &Value) -> Result<HostReport, String> {
+    report::from_json(value).map_err(|problem| format!("report: {problem}"))
 }
 
 fn needed<'a>(column: &str, value: &'a Option<String>) -> Result<&'a str, String> {

@@ -1,5 +1,5 @@
 use super::*;
-use onboarding_core::identity::{Replay, Thumbprint};
+use onboarding_core::identity::{Fact, GcpIdentity, Replay, Thumbprint};
 use onboarding_kinds::war::strategies::{key, live, timestamp, word};
 use proptest::option;
 use proptest::prelude::*;
@@ -27,6 +27,22 @@ proptest! {
             None => prop_assert_eq!(state, State::Absent),
             Some(row) => prop_assert_eq!(row.state().unwrap(), state),
         }
+    }
+}
+
+proptest! {
+    #[test]
+    fn what_could_not_be_read_back_is_no_row(mut live in live()) {
+        let fact = |value: &str| Fact::claimed(value.to_owned());
+        live.attested.identity = Identity::Gcp(GcpIdentity {
+            project_number: fact("not a number"),
+            project_id: fact("p"),
+            region: fact("r"),
+            zone: fact("z"),
+            instance_id: fact("1"),
+        });
+        let refused = Row::new(&State::Live(Box::new(live))).unwrap_err();
+        prop_assert!(refused.starts_with("identity: "), "{}", refused);
     }
 }
 
