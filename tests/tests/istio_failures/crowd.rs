@@ -44,13 +44,19 @@ struct Shared {
     drains: Mutex<Option<i64>>,
 }
 
-/// One host. Its key and its token survive its absence.
 struct Member {
+    host: Host,
+    /// While it isn't away.
+    task: Option<JoinHandle<()>>,
+}
+
+/// What survives its absence.
+#[derive(Clone)]
+struct Host {
     number: u32,
     key: Key,
     token: Arc<Mutex<String>>,
     seen: Arc<Seen>,
-    task: Option<JoinHandle<()>>,
 }
 
 /// Of a [`Crowd::race`].
@@ -106,23 +112,18 @@ impl Crowd {
     /// A few at a time join, each with this pause after one before is there, until it is [enough](Self::enough).
     pub fn keep_growing(&mut self, at_most: u32, pause: Duration) {
         self.add(at_most);
-        for member in self.members.iter_mut().filter(|member| member.task.is_none()) {
-            let (shared, key, token, seen) =
-                (self.shared.clone(), member.key.clone(), member.token.clone(), member.seen.clone());
-            let number = member.number;
-            member.task = Some(self.runtime.spawn(async move {
-                // Closed: that was enough.
-                let Ok(turn) = shared.next.acquire().await else { return };
-                tokio::time::sleep(pause).await;
-                let mut living = pin!(shared.live(number, key, &token, &seen));
-                tokio::select! {
-                    () = &mut living => {}
-                    () = seen.opened.notified() => {}
-                }
-                drop(turn);
-                living.await;
-            }));
-        }
+        self.begin(move |shared, host| async move {
+            // Closed: that was enough.
+            let Ok(turn) = shared.next.acquire().await else { return };
+            tokio::time::sleep(pause).await;
+            let mut living = pin!(shared.live(&host));
+            tokio::select! {
+                () = &mut living => {}
+                () = host.seen.opened.notified() => {}
+            }
+            drop(turn);
+            living.await;
+        });
     }
 
     /// Nobody else begins to join. How many there are, when the last one has its session.
@@ -130,7 +131,7 @@ impl Crowd {
         self.shared.next.close();
         let is_out = |member: &Member| member.task.as_ref().is_some_and(JoinHandle::is_finished);
         until("the last one has joined", within, || {
-            let there = |member: &Member| is_out(member) || member.seen.connected.load(Ordering::SeqCst);
+            let there = |member: &Member| is_out(member) || member.host.seen.connected.load(Ordering::SeqCst);
             let waiting = self.members.iter().filter(|member| !there(member)).count();
             ensure!(waiting == 0, "{waiting} have no session");
             Ok(())
@@ -143,29 +144,31 @@ impl Crowd {
         let first = self.members.len() as u32;
         for number in first..first + by {
             let (token, seen) = Default::default();
-            self.members.push(Member { number, key: Key::new(), token, seen, task: None });
+            self.members.push(Member { host: Host { number, key: Key::new(), token, seen }, task: None });
         }
     }
 
     /// Whoever is away comes back, with the key and the token that it had.
     pub fn come_back(&mut self) {
+        self.begin(|shared, host| async move { shared.live(&host).await });
+    }
+
+    /// What each does that is away.
+    fn begin<F: Future<Output = ()> + Send + 'static>(&mut self, what: impl Fn(Arc<Shared>, Host) -> F) {
         for member in self.members.iter_mut().filter(|member| member.task.is_none()) {
-            let (shared, key, token, seen) =
-                (self.shared.clone(), member.key.clone(), member.token.clone(), member.seen.clone());
-            let number = member.number;
-            member.task = Some(self.runtime.spawn(async move { shared.live(number, key, &token, &seen).await }));
+            member.task = Some(self.runtime.spawn(what(self.shared.clone(), member.host.clone())));
         }
     }
 
     /// Those that `which` names end where they are, as on a machine that loses its power and whose connections are reset.
     pub fn vanish(&mut self, which: impl Fn(&str) -> bool) {
-        for member in self.members.iter_mut().filter(|member| which(&self.shared.registration(member.number))) {
+        for member in self.members.iter_mut().filter(|member| which(&self.shared.registration(member.host.number))) {
             if let Some(task) = member.task.take() {
                 task.abort();
                 // The connection is closed when the task is gone.
                 let _ = self.runtime.block_on(task);
             }
-            member.seen.connected.store(false, Ordering::SeqCst);
+            member.host.seen.connected.store(false, Ordering::SeqCst);
         }
     }
 
@@ -188,9 +191,10 @@ impl Crowd {
     /// Every member that isn't away has a session.
     pub fn wait_connected(&self, within: Duration) -> anyhow::Result<()> {
         until("the crowd is connected", within, || {
-            let waiting: Vec<_> = self.there().filter(|member| !member.seen.connected.load(Ordering::SeqCst)).collect();
+            let waiting: Vec<_> =
+                self.there().filter(|member| !member.host.seen.connected.load(Ordering::SeqCst)).collect();
             let Some(first) = waiting.first() else { return Ok(()) };
-            anyhow::bail!("{} are not; one of them last heard {:?}", waiting.len(), first.seen.last_refusal())
+            anyhow::bail!("{} are not; one of them last heard {:?}", waiting.len(), first.host.seen.last_refusal())
         })
     }
 
@@ -231,7 +235,7 @@ impl Crowd {
 
     /// How many have a session now.
     pub fn connected(&self) -> usize {
-        self.there().filter(|member| member.seen.connected.load(Ordering::SeqCst)).count()
+        self.there().filter(|member| member.host.seen.connected.load(Ordering::SeqCst)).count()
     }
 
     /// Every member that isn't away has a session now.
@@ -248,14 +252,14 @@ impl Crowd {
 
     /// Sessions that were opened, of all members and since ever.
     pub fn sessions(&self) -> usize {
-        self.members.iter().map(|member| member.seen.sessions.load(Ordering::SeqCst)).sum()
+        self.members.iter().map(|member| member.host.seen.sessions.load(Ordering::SeqCst)).sum()
     }
 
     /// What the plane refused, and to how many tries.
     pub fn refusals(&self) -> BTreeMap<String, usize> {
         let mut all = BTreeMap::new();
         for member in &self.members {
-            for refusal in member.seen.lock().iter() {
+            for refusal in member.host.seen.lock().iter() {
                 *all.entry(refusal.clone()).or_default() += 1;
             }
         }
@@ -303,9 +307,10 @@ impl Shared {
     }
 
     /// As the agent does: a session, and another when it ends.
-    async fn live(&self, number: u32, key: Key, token: &Mutex<String>, seen: &Seen) {
+    async fn live(&self, host: &Host) {
+        let Host { token, seen, .. } = host;
         loop {
-            if let Err(status) = self.session(number, key.clone(), token, seen).await {
+            if let Err(status) = self.session(host).await {
                 // Who has no registration, or a token that isn't taken, begins from the start.
                 if matches!(status.code(), Code::NotFound | Code::Unauthenticated | Code::PermissionDenied) {
                     token.lock().unwrap().clear();
@@ -318,10 +323,10 @@ impl Shared {
         }
     }
 
-    async fn session(&self, number: u32, key: Key, token: &Mutex<String>, seen: &Seen) -> Result<(), Status> {
+    async fn session(&self, host: &Host) -> Result<(), Status> {
         let mut session = {
             let _turn = self.turns.acquire().await;
-            let open = self.open(number, key, token);
+            let open = self.open(host);
             let opened = tokio::time::timeout(Duration::from_secs(20), open).await;
             opened.map_err(|_| Status::deadline_exceeded("no session within 20 s"))??
         };
@@ -332,24 +337,25 @@ impl Shared {
         {
             *self.drains.lock().unwrap_or_else(PoisonError::into_inner) = istio.drain_duration.map(|it| it.seconds);
         }
-        seen.sessions.fetch_add(1, Ordering::SeqCst);
-        seen.connected.store(true, Ordering::SeqCst);
-        seen.opened.notify_one();
+        host.seen.sessions.fetch_add(1, Ordering::SeqCst);
+        host.seen.connected.store(true, Ordering::SeqCst);
+        host.seen.opened.notify_one();
         while session.hear.message().await?.is_some() {}
         Ok(())
     }
 
-    async fn open(&self, number: u32, key: Key, token: &Mutex<String>) -> Result<agent::Session, Status> {
+    async fn open(&self, host: &Host) -> Result<agent::Session, Status> {
+        let Host { number, key, token, .. } = host;
         let unreachable = |error: tonic::transport::Error| Status::unavailable(format!("nobody there: {error}"));
-        let mut agent = agent::dial(self.way_in, ENDPOINT, self.tls.clone(), key).await.map_err(unreachable)?;
+        let mut agent = agent::dial(self.way_in, ENDPOINT, self.tls.clone(), key.clone()).await.map_err(unreachable)?;
         let discovered = agent.try_discover().await?;
         agent.token = token.lock().unwrap().clone();
         if !agent.token.is_empty() {
             let proof = agent.token_proof_after(&discovered);
             return agent.session_with(Some(proof)).await;
         }
-        self.authorize(number, &mut agent, &discovered).await?;
-        self.register_at_its_address(number, &agent).await?;
+        self.authorize(*number, &mut agent, &discovered).await?;
+        self.register_at_its_address(*number, &agent).await?;
         *token.lock().unwrap() = agent.token.clone();
         agent.session().await
     }
