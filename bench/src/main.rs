@@ -13,7 +13,7 @@ use std::time::Instant;
 #[command(
     name = "dev/bench",
     after_help = "Examples:
-  dev/bench                                  everything, about ten minutes
+  dev/bench                                  everything, about twelve minutes
   dev/bench --figure join --repeat 5
   dev/bench --figure join --one-core         as the peers of docs/performance.md were measured
   dev/bench --quick --json figures.json"
