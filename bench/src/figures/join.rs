@@ -188,6 +188,7 @@ fn rows(
     let mut p99 = Figure::new(name("p99"), "ms", samples.p99, (CONSTANTS, bare.p99.clone()));
     let mut cpu =
         Figure::new(name("plane's CPU"), "ms", samples.cpu, ("its cryptography", floors.of(Cryptography::of_a_join)))
+            .against(CONSTANTS, bare.cpu.clone())
             .goal("at most 2 x its cryptography");
     if level == 1 {
         p50 = p50.against("one fdatasync of 4 KiB", floors.fsyncs.clone());
