@@ -30,7 +30,7 @@ struct Args {
     /// The plane on the first core, the load on the others.
     #[arg(long)]
     one_core: bool,
-    /// Also writes the samples there.
+    /// Also writes the samples there; `dev/bench` itself asks for bench.json in the target directory.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// How often each is measured.
@@ -88,6 +88,7 @@ fn main() -> anyhow::Result<()> {
         let document = serde_json::json!({ "machine": machine::describe(), "quick": bench.quick, "oneCore": bench.one_core, "figures": all });
         std::fs::write(&file, serde_json::to_vec_pretty(&document)?)
             .with_context(|| format!("writing {}", file.display()))?;
+        println!("every sample is in {}", file.display());
     }
     Ok(())
 }

@@ -184,15 +184,13 @@ fn rows(
 ) -> Vec<Figure> {
     let name = |what: &str| format!("join, {kind}, {level} at once: {what}");
     let mut rate = Figure::new(name("rate"), "joins/s", samples.rate, (CONSTANTS, bare.rate.clone()));
-    let mut p50 = Figure::new(name("p50"), "ms", samples.p50.clone(), (CONSTANTS, bare.p50.clone()));
+    let p50 = Figure::new(name("p50"), "ms", samples.p50.clone(), (CONSTANTS, bare.p50.clone()))
+        .against("one fdatasync of 4 KiB", floors.fsyncs.clone());
     let mut p99 = Figure::new(name("p99"), "ms", samples.p99, (CONSTANTS, bare.p99.clone()));
     let mut cpu =
         Figure::new(name("plane's CPU"), "ms", samples.cpu, ("its cryptography", floors.of(Cryptography::of_a_join)))
             .against(CONSTANTS, bare.cpu.clone())
             .goal("at most 2 x its cryptography");
-    if level == 1 {
-        p50 = p50.against("one fdatasync of 4 KiB", floors.fsyncs.clone());
-    }
     if level == 64 {
         p99 = p99.against("p50 at 64", samples.p50).against("p50 of one alone", alone.to_vec()).goal("at most 5 x p50");
     }
