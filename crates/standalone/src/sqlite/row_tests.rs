@@ -28,9 +28,7 @@ proptest! {
             Some(row) => prop_assert_eq!(row.state().unwrap(), state),
         }
     }
-}
 
-proptest! {
     #[test]
     fn what_could_not_be_read_back_is_no_row(mut live in live()) {
         let fact = |value: &str| Fact::claimed(value.to_owned());
