@@ -112,7 +112,8 @@ fn it_installs_both_and_joins_the_group() {
     ] {
         assert!(said.lines().any(|said| said == line), "{line:?} is not in {output:?}");
     }
-    assert!(repository.log().contains("/install/sha256/"), "by content");
+    // By content.
+    repository.logs("/install/sha256/");
     // The CA that curl was told of is the agent's too.
     let ca = std::fs::read_to_string(repository.dir.path().join("ca.pem")).unwrap();
     assert!(said.contains(&format!("== /etc/onboarding-agent/root-certs.pem 644\n{ca}")), "{output:?}");

@@ -41,12 +41,12 @@ fn the_commands_of_the_requirement_work_for_every_uri() {
         }
     }
     assert_eq!(repository.admin("/readyz"), "ready\n");
-    let log = repository.log();
+    let log = repository.logs("a package was asked for");
     let line = log.lines().find(|line| line.contains("a package was asked for")).expect("an access log line");
     let fields: serde_json::Value = serde_json::from_str(line).unwrap();
     assert_eq!((&fields["status"], &fields["complete"]), (&200.into(), &true.into()));
-    let metrics = repository.admin("/metrics");
-    assert!(metrics.contains("onboarding_repository_requests_total{status=\"2xx\"} 24"), "{metrics}");
+    let answered = "onboarding_repository_requests_total{status=\"2xx\"} 24";
+    let metrics = repository.until("all are counted", || repository.admin("/metrics"), |all| all.contains(answered));
     assert!(metrics.contains("onboarding_repository_packages 12"), "{metrics}");
 }
 
@@ -93,7 +93,7 @@ fn a_download_that_was_cut_off_is_resumed() {
         assert!(output.status.success(), "{output:?}");
         assert_eq!(std::fs::read(&file).unwrap(), content);
     }
-    assert!(repository.log().contains("\"status\":206"));
+    repository.logs("\"status\":206");
 }
 
 #[test]
@@ -202,8 +202,8 @@ fn what_is_not_there_is_told_what_is() {
         let answer = repository.get(AGENT, &["-X", method]);
         assert_eq!((answer.status.as_str(), answer.header("allow")), ("405", Some("GET, HEAD")), "{method}");
     }
-    let metrics = repository.admin("/metrics");
-    assert!(metrics.contains("onboarding_repository_requests_total{status=\"4xx\"} 9"), "{metrics}");
+    let answered = "onboarding_repository_requests_total{status=\"4xx\"} 9";
+    repository.until("all are counted", || repository.admin("/metrics"), |all| all.contains(answered));
 }
 
 #[test]
@@ -283,7 +283,7 @@ fn what_is_no_whole_package_is_not_served() {
         }
     }
     assert_eq!(repository.get(AGENT, &[]).body, whole);
-    repository.until("the fault is logged", || repository.log(), |log| log.contains("a package can't be served"));
+    repository.logs("a package can't be served");
     let faults = || repository.admin("/metrics");
     repository.until("faults", faults, |metrics| metrics.contains("onboarding_repository_package_faults 6"));
 }

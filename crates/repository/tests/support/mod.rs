@@ -154,6 +154,7 @@ impl Repository {
     }
 
     /// Waits for a value; what it was last is said if it never comes.
+    #[track_caller]
     pub fn until<T: std::fmt::Debug>(&self, what: &str, value: impl Fn() -> T, wanted: impl Fn(&T) -> bool) -> T {
         let deadline = Instant::now() + Duration::from_secs(30);
         loop {
@@ -164,6 +165,12 @@ impl Repository {
             assert!(Instant::now() < deadline, "{what}: {last:?}\n{}", self.log());
             std::thread::yield_now();
         }
+    }
+
+    /// Waits until this is in the log, and returns all of it: who got an answer may have it before it is logged and counted.
+    #[track_caller]
+    pub fn logs(&self, part: &str) -> String {
+        self.until(&format!("{part:?} is logged"), || self.log(), |log| log.contains(part))
     }
 
     pub fn log(&self) -> String {
