@@ -9,8 +9,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use onboarding_testkit::cms::RegionKey;
 use onboarding_testkit::oidc::{self, MadeTls, Oidc};
+use onboarding_testkit::port;
 use std::fs::File;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
@@ -302,5 +303,5 @@ fn start(
 
 /// One that nobody listens on now; a plane that is started again needs the same.
 fn free_port() -> anyhow::Result<SocketAddr> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
+    Ok((Ipv4Addr::LOCALHOST, port::free()?).into())
 }

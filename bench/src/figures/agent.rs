@@ -10,7 +10,8 @@ use jiff::Timestamp;
 use jsonwebtoken::Algorithm;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use onboarding_testkit::port;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -208,7 +209,7 @@ impl Host {
         roots.push_str(&plane.target().ca);
         std::fs::write(at("roots.pem"), roots)?;
         // One that nobody listens on now.
-        let admin = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
+        let admin = (Ipv4Addr::LOCALHOST, port::free()?).into();
         Ok(Self { directory, agent: agent.to_owned(), envoy: envoy.to_owned(), admin })
     }
 

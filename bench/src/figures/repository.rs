@@ -5,9 +5,10 @@ use crate::machine::{self, Killed};
 use crate::plane::World;
 use crate::table::Figure;
 use anyhow::{Context, ensure};
+use onboarding_testkit::port;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, ServerName};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -176,7 +177,7 @@ http {{
 }
 
 fn free_port() -> anyhow::Result<SocketAddr> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
+    Ok((Ipv4Addr::LOCALHOST, port::free()?).into())
 }
 
 /// A Debian package as far as its outermost layer goes, with noise in it.

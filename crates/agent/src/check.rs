@@ -10,7 +10,7 @@ use crate::status::{Ingress, Status};
 use crate::store::{Store, with_source};
 use crate::trust::{Trust, TrustError};
 use crate::version::{self, VersionError};
-use jiff::Timestamp;
+use jiff::SignedDuration;
 use onboarding_kinds::agent::{AgentConfiguration, Host, OnboardingConfiguration, SidecarKind, TransportSecurity};
 use serde::Serialize;
 use std::collections::BTreeSet;
@@ -137,14 +137,13 @@ async fn endpoint(configuration: &OnboardingConfiguration, trust: &Result<Trust,
                 "{}:{} answers at {} with a certificate that this host trusts; plane UID {}",
                 endpoint.host, endpoint.port, link.peer, discovery.plane_uid
             );
-            vec![finding("endpoint", Verdict::Ok, message), clock(Timestamp::now(), discovery.time)]
+            vec![finding("endpoint", Verdict::Ok, message), clock(discovery.clock_skew)]
         }
         Err(error) => fail(format!("{} is connected, but does not answer Discover: {}", link.peer, error.describe())),
     }
 }
 
-fn clock(here: Timestamp, there: Timestamp) -> Finding {
-    let skew = here.duration_since(there);
+fn clock(skew: SignedDuration) -> Finding {
     if skew.abs() > CLOCK_SKEW {
         let way = if skew.is_positive() { "ahead of" } else { "behind" };
         let message = format!(

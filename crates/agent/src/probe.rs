@@ -436,9 +436,9 @@ mod tests {
 
         let directory = tempfile::tempdir().unwrap();
         let pid = directory.path().join("pid");
-        let hang = exec(&format!("sleep 1000 & echo $! > {}; wait", pid.display()));
-        let error = attempt(&Probe { timeout: Duration::from_secs(1), ..probe(hang) }).await.unwrap_err();
-        assert!(error.contains("not done within 1s"), "{error}");
+        let hang = exec(&format!("sleep 1000 & echo $! > {0}.part; mv {0}.part {0}; wait", pid.display()));
+        let error = attempt(&Probe { timeout: Duration::from_secs(5), ..probe(hang) }).await.unwrap_err();
+        assert!(error.contains("not done within 5s"), "{error}");
         let child = std::fs::read_to_string(pid).unwrap();
         let gone = || {
             let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.trim()));

@@ -9,7 +9,7 @@ use crate::machine::Code;
 use crate::store::StoredToken;
 use crate::trust::{self, Trust};
 use hyper_util::rt::TokioIo;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use onboarding_core::name::GroupName;
 use onboarding_kinds::agent::{OnboardingConfiguration, TransportSecurity};
 use onboarding_wire::RETRY_PUSHBACK;
@@ -158,7 +158,8 @@ impl CallError {
 pub struct Discovery {
     pub plane_uid: String,
     pub challenge: Vec<u8>,
-    pub time: Timestamp,
+    /// By how much this host's clock is ahead of the plane's.
+    pub clock_skew: SignedDuration,
 }
 
 /// One connection. A challenge lives on it, so it is never replaced behind the caller's back.
@@ -292,7 +293,8 @@ impl Link {
             return Err(lacks("a challenge"));
         }
         let time = answer.time.and_then(timestamp).ok_or_else(|| lacks("the plane's time"))?;
-        Ok(Discovery { plane_uid: answer.plane_uid, challenge: answer.challenge, time })
+        let clock_skew = Timestamp::now().duration_since(time);
+        Ok(Discovery { plane_uid: answer.plane_uid, challenge: answer.challenge, clock_skew })
     }
 
     /// Evidence in, token out.
@@ -318,9 +320,9 @@ impl Link {
         if answer.token.is_empty() {
             return Err(lacks("a token"));
         }
-        // The plane's clock says when the token ends; how long it lives is counted on this host's clock.
+        // Said by the plane's clock, and needed by this host's.
         let ends = answer.expires_at.and_then(timestamp).ok_or_else(|| lacks("the token's end"))?;
-        let expires_at = now.checked_add(ends.duration_since(discovery.time)).unwrap_or(Timestamp::MAX);
+        let expires_at = ends.checked_add(discovery.clock_skew).unwrap_or(Timestamp::MAX);
         Ok(StoredToken { token: answer.token, issued_at: now, expires_at, registration: answer.registration })
     }
 

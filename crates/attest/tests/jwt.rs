@@ -387,6 +387,7 @@ async fn a_flood_of_unknown_keys_asks_the_issuer_a_few_times() {
     let world = World::remote().await;
     let good = world.mint(claims(json!({})));
     world.attest(&good).await.unwrap();
+    let started = std::time::Instant::now();
     for number in 0..200 {
         let token = with_header(&good, &json!({"kid": format!("flood-{number}")}));
         let error = world.attest(&token).await.unwrap_err();
@@ -397,7 +398,8 @@ async fn a_flood_of_unknown_keys_asks_the_issuer_a_few_times() {
             "{why}"
         );
     }
-    assert!(world.oidc.fetched() <= 3, "{}", world.oidc.fetched());
+    let (fetched, seconds) = (world.oidc.fetched(), started.elapsed().as_secs());
+    assert!(fetched <= 3 + seconds / 10, "{fetched} in {seconds} s");
     // Who has a known key doesn't notice.
     world.attest(&good).await.unwrap();
 }

@@ -224,7 +224,9 @@ mod tests {
 
     #[test]
     fn a_whole_64_counts_as_one_address() {
-        let rates = Rates::new(&Limits { authorization_burst: NonZeroU32::MIN, ..Limits::default() });
+        let one = NonZeroU32::MIN;
+        let limits = Limits { authorization_burst: one, authorizations_per_second: one, ..Limits::default() };
+        let rates = Rates::new(&limits);
         rates.authorization("2001:db8::1".parse().unwrap()).unwrap();
         let refused = rates.authorization("2001:db8::2".parse().unwrap()).unwrap_err();
         assert_eq!(refused.code(), Code::ResourceExhausted);

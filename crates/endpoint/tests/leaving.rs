@@ -118,14 +118,14 @@ async fn a_token_that_is_not_renewed_ends_the_session_and_a_renewed_one_does_not
     let plane = Plane::start().await;
     plane.change(|snapshot| {
         let mut settings = snapshot.plane.as_deref().unwrap().clone();
-        settings.token_life = Duration::from_secs(2);
+        settings.token_life = Duration::from_secs(4);
         snapshot.plane = Some(std::sync::Arc::new(settings));
     });
     let mut agent = plane.agent().await;
     let mut session = agent.join(&plane.jwt("vm7", "ratings")).await.unwrap();
     plane.change(|snapshot| {
         let mut settings = snapshot.plane.as_deref().unwrap().clone();
-        settings.token_life = Duration::from_secs(4);
+        settings.token_life = Duration::from_secs(6);
         snapshot.plane = Some(std::sync::Arc::new(settings));
     });
     let renewed = agent.authorize(&plane.jwt("vm7", "ratings")).await.unwrap();
@@ -206,7 +206,7 @@ async fn a_new_certificate_is_served_without_dropping_a_connection() {
 
 #[tokio::test]
 async fn a_connection_that_proves_nothing_is_closed() {
-    let limits = Limits { time_to_prove: Duration::from_millis(100), ..Limits::default() };
+    let limits = Limits { time_to_prove: Duration::from_secs(1), ..Limits::default() };
     let plane = Plane::start_with(Duration::from_secs(300), limits).await;
     let agent = plane.agent().await;
     agent.discover().await;

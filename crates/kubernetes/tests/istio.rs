@@ -613,7 +613,7 @@ fn envoy() -> PathBuf {
 
 /// A port that was free a moment ago.
 fn free() -> u16 {
-    std::net::TcpListener::bind((HOST_IP, 0)).unwrap().local_addr().unwrap().port()
+    onboarding_testkit::port::free().unwrap()
 }
 
 const HOST_IP: &str = "127.0.0.1";

@@ -86,7 +86,7 @@ impl Server {
                 if last.contains(&line) {
                     return;
                 }
-                tokio::task::yield_now().await;
+                tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
         let seen = tokio::time::timeout(Duration::from_secs(30), seen).await;
@@ -109,7 +109,7 @@ fn patient_for(patience: Duration) -> Limits {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn who_takes_nothing_of_a_download_is_ended() {
-    let server = Server::start(patient_for(Duration::from_secs(1))).await;
+    let server = Server::start(patient_for(Duration::from_secs(3))).await;
     let mut stream = server.connect().await.unwrap();
     stream.write_all(format!("{GET}\r\n").as_bytes()).await.unwrap();
     server.failed("stalled", 1).await;
@@ -118,7 +118,7 @@ async fn who_takes_nothing_of_a_download_is_ended() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn who_asks_for_nothing_is_ended() {
-    let server = Server::start(patient_for(Duration::from_secs(1))).await;
+    let server = Server::start(patient_for(Duration::from_secs(3))).await;
     let mut silent = server.connect().await.unwrap();
     assert_eq!(to_the_end(&mut silent).await, 0);
     let mut idle = server.connect().await.unwrap();
@@ -128,7 +128,7 @@ async fn who_asks_for_nothing_is_ended() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_head_that_does_not_come_and_a_handshake_that_does_not_come_are_ended() {
-    let short = Duration::from_millis(500);
+    let short = Duration::from_secs(2);
     let server = Server::start(Limits { head_timeout: short, handshake_timeout: short, ..Limits::default() }).await;
     let mut half = server.connect().await.unwrap();
     half.write_all(GET.as_bytes()).await.unwrap();
@@ -142,7 +142,7 @@ async fn a_head_that_does_not_come_and_a_handshake_that_does_not_come_are_ended(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_has_its_time_and_an_address_its_number() {
-    let limits = Limits { connections_per_address: 2, longest: Duration::from_secs(2), ..Limits::default() };
+    let limits = Limits { connections_per_address: 2, longest: Duration::from_secs(5), ..Limits::default() };
     let server = Server::start(limits).await;
     let (mut first, second) = (server.connect().await.unwrap(), server.connect().await.unwrap());
     assert!(server.connect().await.is_err(), "a third one");

@@ -3,6 +3,7 @@
 //! Each is a process of its own; pods don't run (no kubelet, no scheduler), so what would be a pod is started as a process by the test.
 
 use crate::netns::Machine;
+use crate::port;
 use crate::process::{self, Process};
 use anyhow::{Context, ensure};
 use base64::Engine;
@@ -12,7 +13,7 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, KeyUsage
 use serde_json::{Value, json};
 use std::ffi::OsStr;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
@@ -96,7 +97,7 @@ impl Cluster {
             format!("{BINARIES} isn't set; `export {BINARIES}=$(dev/kubernetes)` builds what is needed, once")
         })?);
         let directory = tempfile::Builder::new().prefix("cluster-").tempdir()?;
-        let api = free_port(options.address)?;
+        let api = SocketAddr::new(options.address, port::free()?);
         let ca = write_certificates(directory.path(), options.address)?;
         std::fs::write(directory.path().join("tokens.csv"), format!("{ADMIN_TOKEN},admin,admin,\"system:masters\"\n"))?;
         let cluster = Self { options, binaries, directory, api, ca, processes: Mutex::default() };
@@ -191,7 +192,7 @@ impl Cluster {
     }
 
     fn start_etcd(&self) -> anyhow::Result<()> {
-        let (client, peer) = (free_port(self.options.address)?, free_port(self.options.address)?);
+        let (client, peer) = (self.free()?, self.free()?);
         std::fs::write(self.path("etcd.address"), client.to_string())?;
         let mut command = self.command(&self.binary("etcd"));
         command
@@ -323,9 +324,8 @@ impl Cluster {
     }
 
     fn istiod_addresses(&self) -> anyhow::Result<Istiod> {
-        let address = self.options.address;
-        let http = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), free_port(address)?.port());
-        Ok(Istiod { secure: free_port(address)?, http, https: free_port(address)? })
+        let http = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port::free()?);
+        Ok(Istiod { secure: self.free()?, http, https: self.free()? })
     }
 
     /// Into the ConfigMap of this name.
@@ -353,7 +353,7 @@ impl Cluster {
 
     fn istiod_process(&self, istiod: Istiod, revision: Option<&str>) -> anyhow::Result<Process> {
         let name = revision.map_or_else(|| "istiod".to_owned(), |revision| format!("istiod-{revision}"));
-        let monitoring = free_port(self.options.address)?;
+        let monitoring = self.free()?;
         let mut command = self.command(&self.binary("pilot-discovery"));
         command
             .arg("discovery")
@@ -414,16 +414,14 @@ impl Cluster {
         self.directory.path().join(name)
     }
 
+    /// In another namespace than ours its ports are as free as here.
+    fn free(&self) -> anyhow::Result<SocketAddr> {
+        Ok(SocketAddr::new(self.options.address, port::free()?))
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Processes> {
         self.processes.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
-}
-
-/// A port that was free a moment ago.
-fn free_port(address: IpAddr) -> anyhow::Result<SocketAddr> {
-    // In another namespace the address may not be ours to bind; its ports are as free as here.
-    let listener = TcpListener::bind((address, 0)).or_else(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))?;
-    Ok(SocketAddr::new(address, listener.local_addr()?.port()))
 }
 
 /// The CA, the API server's certificate, and the key that signs service accounts' tokens. Returns the CA's PEM.

@@ -14,5 +14,6 @@ pub mod gateway;
 pub mod imds;
 pub mod netns;
 pub mod oidc;
+pub mod port;
 pub mod process;
 pub mod sts;

@@ -114,7 +114,7 @@ impl Driver {
     }
 
     fn discovered(&mut self, discovery: Discovery) {
-        let clock_skew = Timestamp::now().duration_since(discovery.time);
+        let clock_skew = discovery.clock_skew;
         if clock_skew.abs() > machine::CLOCK_SKEW {
             tracing::warn!(
                 seconds_ahead = clock_skew.as_secs(),

@@ -163,7 +163,7 @@ impl Repository {
                 return last;
             }
             assert!(Instant::now() < deadline, "{what}: {last:?}\n{}", self.log());
-            std::thread::yield_now();
+            std::thread::sleep(Duration::from_millis(10));
         }
     }
 

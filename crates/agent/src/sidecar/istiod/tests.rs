@@ -2,7 +2,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test states what must be true")]
 
 use super::*;
-use onboarding_testkit::eventually::eventually;
 use onboarding_wire::istio_ca::IstioCertificateResponse;
 use onboarding_wire::istio_ca::istio_certificate_service_server::{
     IstioCertificateService, IstioCertificateServiceServer,
@@ -210,7 +209,7 @@ async fn until(standing: &mut tokio::sync::watch::Receiver<Standing>, wanted: im
 #[tokio::test]
 async fn is_renewed_at_half_of_its_life_and_kept() {
     let server = server(NAME).await;
-    server.script.lock().unwrap().life = Duration::from_secs(4);
+    server.script.lock().unwrap().life = Duration::from_secs(10);
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("identity.json");
     let renewal = Renewal::start(server.credentials(), path.clone());
@@ -218,11 +217,8 @@ async fn is_renewed_at_half_of_its_life_and_kept() {
     let first = until(&mut standing, |standing| standing.identity.is_some()).await.identity.unwrap();
     // The next one comes while the first is valid, though nothing can be signed for a while.
     server.script.lock().unwrap().refuse = Some(Status::unavailable("busy"));
-    eventually("the renewal", Duration::from_secs(20), async || {
-        let asked = server.script.lock().unwrap().asked.len();
-        (asked >= 2).then_some(()).ok_or(asked)
-    })
-    .await;
+    tokio::time::timeout(Duration::from_secs(20), standing.changed()).await.expect("in time").unwrap();
+    assert_eq!(server.script.lock().unwrap().asked.len(), 2);
     assert!(standing.borrow().problem.is_none(), "what is valid stays in use");
     {
         let mut script = server.script.lock().unwrap();
