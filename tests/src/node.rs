@@ -34,6 +34,8 @@ const FIRST_HOST: u8 = 100;
 const LAST_HOST: u8 = 250;
 const TICK: Duration = Duration::from_millis(50);
 const PROBE_UNREADY: Duration = Duration::from_millis(150);
+/// As kubelet has it, unless it is told otherwise (`failureThreshold`).
+const MISSES: u32 = 3;
 const PROBE_READY: Duration = Duration::from_secs(2);
 /// What a watch missed, the next one doesn't.
 const WATCH: Duration = Duration::from_secs(20);
@@ -179,6 +181,8 @@ struct Pod {
     machine: Machine,
     process: Process,
     probe_at: Instant,
+    /// Probes in a row without an answer.
+    misses: u32,
     restart_at: Option<Instant>,
     /// To be killed then.
     terminating: Option<Instant>,
@@ -312,7 +316,18 @@ impl Worker {
         let now = Instant::now();
         let object = pod.clone();
         let (restart_at, terminating, told) = (None, None, None);
-        Ok(Some(Pod { running, object, machine, process, probe_at: now, restart_at, terminating, told, tell_at: now }))
+        Ok(Some(Pod {
+            running,
+            object,
+            machine,
+            process,
+            probe_at: now,
+            misses: 0,
+            restart_at,
+            terminating,
+            told,
+            tell_at: now,
+        }))
     }
 
     /// With the account's token where a pod has it.
@@ -438,8 +453,10 @@ impl Worker {
                 pod.restart_at = None;
             }
         } else if now >= pod.probe_at {
-            pod.running.ready = probe(&pod.object, pod.running.address);
-            pod.probe_at = now + if pod.running.ready { PROBE_READY } else { PROBE_UNREADY };
+            let answers = probe(&pod.object, pod.running.address);
+            pod.misses = if answers { 0 } else { pod.misses + 1 };
+            pod.running.ready = answers || pod.running.ready && pod.misses < MISSES;
+            pod.probe_at = now + if answers { PROBE_READY } else { PROBE_UNREADY };
         }
         let is = (pod.running.ready, pod.running.restarts);
         if pod.told != Some(is) && now >= pod.tell_at {

@@ -185,8 +185,11 @@ fn played_with() -> anyhow::Result<()> {
     ensure!(doctor.status.success(), "{doctor:?}");
     ensure!(doctor.stdout.contains("onboarding-endpoint.your-company.corp"), "{doctor:?}");
     ensure!(cluster.check(&["rm", "vm1"])?.contains("vm1 left the mesh"), "rm");
-    let wars = cluster.check(&["kubectl", "get", "war", "-n", "bookinfo", "-o", "name"])?;
-    ensure!(wars.lines().count() == 1, "{wars}");
+    until("its registration is gone", Duration::from_secs(20), || {
+        let wars = cluster.check(&["kubectl", "get", "war", "-n", "bookinfo", "-o", "name"])?;
+        ensure!(wars.lines().count() == 1, "{wars}");
+        Ok(())
+    })?;
 
     let lab = of_lab(up.pid())?;
     ensure!(cluster.check(&["down"])?.contains("nothing of it is left"), "down");

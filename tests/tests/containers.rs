@@ -71,10 +71,10 @@ fn task_joins(world: &mut World) -> anyhow::Result<()> {
     // Another plane process: token and registration are read again, with what is only claimed in them.
     world.kill_plane();
     world.start_plane()?;
-    until("the task is back", Duration::from_secs(20), || world.connected(&task.registration()))?;
+    until("the task is back", Duration::from_secs(40), || world.connected(&task.registration()))?;
     // The policy goes, and with it what lived by it.
     world.remove_manifest("ecs-policy.yaml")?;
-    until("the task's registration is gone", Duration::from_secs(5), || match self::war(world, &task) {
+    until("the task's registration is gone", Duration::from_secs(20), || match self::war(world, &task) {
         Ok(war) => anyhow::bail!("{war}"),
         Err(_) => Ok(()),
     })?;

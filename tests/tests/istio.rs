@@ -129,8 +129,11 @@ fn missing_revision(world: &mut World) -> anyhow::Result<()> {
     label("istio.io/rev=canary")?;
     let told = "asks for the Istio revision \"canary\", which isn't in the cluster";
     pair.ratings.agent()?.wait_for_line(Duration::from_secs(10), |line| line.contains("has no boot configuration"))?;
-    let status = pair.ratings.agent_verb(&["status"])?;
-    ensure!(status.stdout.contains(told) && status.stdout.contains("goes on with what it has"), "{status:?}");
+    until("the status says so", Duration::from_secs(10), || {
+        let status = pair.ratings.agent_verb(&["status"])?;
+        ensure!(status.stdout.contains(told) && status.stdout.contains("goes on with what it has"), "{status:?}");
+        Ok(())
+    })?;
     ensure!(up_to_date(world, &name, "False")? == "NoBootConfiguration");
     until("an Event of the group", Duration::from_secs(10), || {
         let events = world.mesh()?.cluster.kubectl(["describe", "workloadgroup", "ratings", "-n", "bookinfo"])?;

@@ -72,7 +72,7 @@ fn reboot_without_plane(world: &mut World) -> anyhow::Result<()> {
     pair.ratings.power_cycle(world)?;
     ensure!(pair.productpage.call("ratings.bookinfo:8080").is_err(), "it answers although it is off");
     pair.ratings.start_agent()?;
-    pair.ratings.wait_live(Duration::from_secs(10))?;
+    pair.ratings.wait_live(Duration::from_secs(40))?;
     until("it serves without a plane", Duration::from_secs(15), || {
         let answer = pair.productpage.call("ratings.bookinfo:8080")?;
         ensure!(answer.caller.is_some(), "{answer:?}");
@@ -134,7 +134,7 @@ fn killed_plane(world: &mut World) -> anyhow::Result<()> {
         }
         for vm in &vms {
             until(&format!("{} is in", vm.name()), Duration::from_secs(40), || world.connected(&vm.registration()))?;
-            vm.wait_live(Duration::from_secs(10))?;
+            vm.wait_live(Duration::from_secs(40))?;
         }
         let mine = |war: &&serde_json::Value| {
             war["metadata"]["name"].as_str().is_some_and(|name| name.contains(&format!("--vm-{round}-")))

@@ -41,7 +41,7 @@ fn run(lab: &Lab) -> anyhow::Result<String> {
         envoy()?.parent().unwrap().display()
     );
     command.arg(&script).env("PATH", path);
-    let ended = process::run(command, Duration::from_secs(90))?;
+    let ended = process::run(command, Duration::from_secs(300))?;
     let output = format!("{}\n{}", ended.stderr, ended.stdout);
     anyhow::ensure!(ended.status.success(), "the commands ended with {}:\n{output}", ended.status);
     for expected in [

@@ -69,9 +69,12 @@ fn brings_into_the_mesh(
     guest.sh("rm /usr/local/share/ca-certificates/your-company.crt && systemctl enable --now application@8080")?;
     let ended = (|| {
         user_data(&guest, &certificate)?;
-        let status = guest.sh("onboarding-agent status")?;
-        ensure!(status.contains("Connected") && status.contains("Live"), "{status}");
-        ensure!(status.contains(&format!("-ec2-{instance}")), "{status}");
+        until("it is in the mesh", Duration::from_secs(60), || {
+            let status = guest.sh("onboarding-agent status")?;
+            ensure!(status.contains("Connected") && status.contains("Live"), "{status}");
+            ensure!(status.contains(&format!("-ec2-{instance}")), "{status}");
+            Ok(())
+        })?;
         let left = guest.sh("find /root /tmp -type f -name '*.deb*'")?;
         ensure!(left.is_empty(), "{left}");
         let pair = world.pair()?;

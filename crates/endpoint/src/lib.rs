@@ -149,7 +149,9 @@ pub async fn start(
         let (config, readiness, stop) = (config.clone(), readiness.clone(), stop.clone());
         async move { certificates.follow(config.as_ref(), &readiness, &stop).await }
     });
-    tasks.spawn(follow_control_plane(config.watch(), readiness.clone(), stop.clone()));
+    let mut snapshots = config.watch();
+    look_for_control_plane(&snapshots.borrow_and_update(), &readiness);
+    tasks.spawn(follow_control_plane(snapshots, readiness.clone(), stop.clone()));
     tasks.spawn({
         let (authority, stop) = (authority.clone(), stop.clone());
         async move {
@@ -168,8 +170,8 @@ pub async fn start(
     });
     tasks.spawn(forget_idle_peers(authority.clone(), stop.clone()));
     let routes = routes(&authority, limits.message_size);
-    let listener = Listener { tcp, tls, routes, authority, limits, drain: drain.clone() };
-    tasks.spawn(listener.run(stop.clone()));
+    let listener = Listener { tls, routes, authority, limits, drain: drain.clone() };
+    tasks.spawn(listener.run(tcp, stop.clone()));
     tracing::info!(%address, "the endpoint listens");
     Ok(Running { address, tasks, drain, stop })
 }
@@ -203,17 +205,20 @@ async fn follow_control_plane(
     readiness: Readiness,
     stop: CancellationToken,
 ) {
-    const CONTROL_PLANE: &str = "controlPlane";
     loop {
-        let snapshot = snapshots.borrow_and_update().clone();
-        if snapshot.plane.is_some() {
-            readiness.ready(CONTROL_PLANE);
-        } else {
-            readiness.missing(CONTROL_PLANE, "there is no valid ControlPlane with spec.meshExpansion.onboarding");
-        }
         tokio::select! {
             () = stop.cancelled() => return,
             changed = snapshots.changed() => if changed.is_err() { return },
         }
+        look_for_control_plane(&snapshots.borrow_and_update(), &readiness);
+    }
+}
+
+fn look_for_control_plane(snapshot: &Snapshot, readiness: &Readiness) {
+    const CONTROL_PLANE: &str = "controlPlane";
+    if snapshot.plane.is_some() {
+        readiness.ready(CONTROL_PLANE);
+    } else {
+        readiness.missing(CONTROL_PLANE, "there is no valid ControlPlane with spec.meshExpansion.onboarding");
     }
 }

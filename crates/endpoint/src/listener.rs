@@ -21,7 +21,6 @@ use tower::ServiceExt;
 
 /// Accepts connections until `stop`.
 pub(crate) struct Listener {
-    pub(crate) tcp: TcpListener,
     pub(crate) tls: TlsAcceptor,
     pub(crate) routes: Routes,
     pub(crate) authority: Arc<Authority>,
@@ -30,14 +29,15 @@ pub(crate) struct Listener {
 }
 
 impl Listener {
-    pub(crate) async fn run(self, stop: CancellationToken) {
+    /// The address is closed when this returns, whatever connections go on.
+    pub(crate) async fn run(self, tcp: TcpListener, stop: CancellationToken) {
         let handshakes = Arc::new(Semaphore::new(self.limits.handshakes));
         let room = Room { connections: self.limits.connections, per_address: self.limits.connections_per_address };
         let this = Arc::new(self);
         let enter = |stream, peer, place| {
             tokio::spawn(this.clone().connection(stream, peer, place, handshakes.clone(), stop.clone()));
         };
-        accept(&this.tcp, room, &stop, enter, || this.failed("too_many_of_address")).await;
+        accept(&tcp, room, &stop, enter, || this.failed("too_many_of_address")).await;
     }
 
     fn failed(&self, reason: &'static str) {

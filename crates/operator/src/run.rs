@@ -67,8 +67,8 @@ async fn passes(
         let again = match reconciler.pass().await {
             Ok(Done { applied, removed, incomplete }) => {
                 readiness.ready(API_SERVER);
-                metrics.count(if incomplete { "incomplete" } else { "done" });
                 metrics.writes.inc_by((applied + removed) as u64);
+                metrics.count(if incomplete { "incomplete" } else { "done" });
                 if incomplete {
                     backoff.next_delay()
                 } else {

@@ -67,6 +67,7 @@ impl Running {
         let ended = self.tasks.join_next().await;
         let asked = self.stop.is_cancelled();
         self.stop.cancel();
+        while self.tasks.join_next().await.is_some() {}
         if !self.drain.wait(self.longest_drain).await {
             tracing::warn!("some downloads did not end in time");
         }
@@ -105,8 +106,8 @@ pub async fn start(
         async move { certificates.follow(config.as_ref(), &readiness, &stop).await }
     });
     tasks.spawn(keep_looking(catalog.clone(), packages, metrics.clone(), readiness, stop.clone()));
-    let server = Server { tcp, tls, service: Service { catalog, metrics }, limits, drain: drain.clone() };
-    tasks.spawn(server.run(stop.clone()));
+    let server = Server { tls, service: Service { catalog, metrics }, limits, drain: drain.clone() };
+    tasks.spawn(server.run(tcp, stop.clone()));
     tracing::info!(%address, "the repository listens");
     Ok(Running { address, tasks, drain, longest_drain, stop })
 }

@@ -64,7 +64,6 @@ const HEAD: usize = 16 << 10;
 
 /// Accepts connections until `stop`.
 pub(crate) struct Server {
-    pub tcp: TcpListener,
     pub tls: TlsAcceptor,
     pub service: Service,
     pub limits: Limits,
@@ -72,13 +71,14 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    pub(crate) async fn run(self, stop: CancellationToken) {
+    /// The address is closed when this returns, whatever connections go on.
+    pub(crate) async fn run(self, tcp: TcpListener, stop: CancellationToken) {
         let room = Room { connections: self.limits.connections, per_address: self.limits.connections_per_address };
         let this = Arc::new(self);
         let enter = |stream, peer, place| {
             tokio::spawn(this.clone().connection(stream, peer, place, stop.clone()));
         };
-        accept(&this.tcp, room, &stop, enter, || this.metrics().failed("too_many_of_address")).await;
+        accept(&tcp, room, &stop, enter, || this.metrics().failed("too_many_of_address")).await;
     }
 
     fn metrics(&self) -> &Metrics {

@@ -5,8 +5,8 @@
 mod fixture;
 
 use fixture::{live, name};
-use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
+use futures_util::{FutureExt, StreamExt};
 use onboarding_core::name::GroupName;
 use onboarding_core::registration::{ConnectedOver, State};
 use onboarding_endpoint::backend::{ProvisionError, Workload};
@@ -173,7 +173,7 @@ async fn a_restart_sends_nothing_that_an_agent_has() {
     assert_eq!(plane.backend.config.watch().borrow().plane.clone().unwrap().uid, uid);
     assert_eq!(plane.backend.keys.load().await.unwrap(), (b"keys".to_vec(), keys));
     let mut boots = plane.boot("ratings", "vm1", &first.version);
-    // The first that comes is a change, not a repetition.
+    assert!(boots.next().now_or_never().is_none(), "a repetition");
     plane.store("productpage", "vm2", &live("productpage", "vm2", "10.0.0.2", true)).await;
     let second = next(&mut boots).await;
     assert_eq!(envoy(&second).base_version, first.version);

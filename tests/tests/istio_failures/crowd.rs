@@ -103,6 +103,22 @@ impl Crowd {
         Ok(Self { members: Vec::new(), shared: Arc::new(shared), runtime })
     }
 
+    /// These planes know the issuer and the policy.
+    pub fn wait_admitted(&self, planes: &[SocketAddr]) -> anyhow::Result<()> {
+        let admitted = async |plane| {
+            let mut agent = agent::dial(plane, ENDPOINT, self.shared.tls.clone(), Key::new()).await?;
+            let discovered = agent.try_discover().await?;
+            // A host that never registers.
+            self.shared.authorize(9999, &mut agent, &discovered).await?;
+            anyhow::Ok(())
+        };
+        for plane in planes {
+            let what = format!("{plane} admits {}", self.shared.name);
+            until(&what, Duration::from_secs(30), || self.runtime.block_on(admitted(*plane)))?;
+        }
+        Ok(())
+    }
+
     /// So many more of them begin to join.
     pub fn grow(&mut self, by: u32) {
         self.add(by);

@@ -43,6 +43,7 @@ pub fn first_keys_race(world: &mut World) -> anyhow::Result<()> {
     let (machine, second) = launch_second(world)?;
     let crowd = Crowd::new(world, "race")?;
     let planes = [world.plane_machine.address(), machine.address()].map(|address| (address, 15443).into());
+    crowd.wait_admitted(&planes)?;
     // Each winner's session goes on, so that its registration is there to be looked at.
     let (mut winners, mut won) = (Vec::new(), [0, 0]);
     for round in 0..RACES {
@@ -83,13 +84,16 @@ fn with_two(world: &mut World) -> anyhow::Result<()> {
     let (machine, second) = launch_second(world)?;
     world.mesh()?.route_to_planes(&[world.plane_machine.address(), machine.address()])?;
     let mut crowd = Crowd::new(world, "crowd")?;
+    crowd.wait_admitted(&[world.plane_machine.address(), machine.address()].map(|address| (address, 15443).into()))?;
     let started = Instant::now();
     crowd.grow(AGENTS as u32);
     crowd.wait_connected(Duration::from_secs(90))?;
     println!("  {AGENTS} agents joined two planes in {:?}", started.elapsed());
-    let before = crowd.wars(world)?;
-    let entries = crowd.entries(world)?;
-    ensure!((before.len(), entries.len()) == (AGENTS, AGENTS), "{} wars, {} entries", before.len(), entries.len());
+    let (before, entries) = until("all have their entries", Duration::from_secs(60), || {
+        let (wars, entries) = (crowd.wars(world)?, crowd.entries(world)?);
+        ensure!((wars.len(), entries.len()) == (AGENTS, AGENTS), "{} wars, {} entries", wars.len(), entries.len());
+        Ok((wars, entries))
+    })?;
     let (of_first, of_second) = (held(&before, FIRST), held(&before, SECOND));
     ensure!(of_first + of_second == AGENTS && of_first > 20 && of_second > 20, "{of_first} and {of_second}");
 

@@ -200,10 +200,10 @@ pub(super) async fn what_people_delete_is_told_and_remembered(cluster: &Cluster)
     b.until(&name, "its return", |stored| stored.state == other_key).await;
 
     // With its group: nobody said that another key may come.
-    cluster.kubectl(["delete", "workloadgroup", "ratings", "-n", &name.namespace]).unwrap();
     for plane in [&a, &b] {
         plane.groups.send_replace(Arc::default());
     }
+    cluster.kubectl(["delete", "workloadgroup", "ratings", "-n", &name.namespace]).unwrap();
     home.until_gone(&home.wars(), &name).await;
     for plane in [&a, &b] {
         let stored = plane.until(&name, "the end", |stored| matches!(stored.state, State::Ended(_))).await;

@@ -58,7 +58,7 @@ impl State {
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                let pid = self.pid().map_or_else(|_| "starting".to_owned(), |pid| format!("process {pid}"));
+                let pid = pid_in(&lock).map_or_else(|_| "starting".to_owned(), |pid| format!("process {pid}"));
                 bail!("it is up already ({pid}): `dev/cluster status` shows it, `dev/cluster down` ends it");
             }
             Err(TryLockError::Error(error)) => return Err(error).context("locking the cluster's directory"),
@@ -74,25 +74,17 @@ impl State {
         Ok(lock)
     }
 
-    /// Of the process that holds the lock, as far as it is seen from outside.
-    pub fn pid(&self) -> anyhow::Result<i32> {
-        let mut text = String::new();
-        File::open(self.lock())?.take(32).read_to_string(&mut text)?;
-        text.trim().parse().context("reading who is up")
-    }
-
     /// `None`: nobody is up.
     pub fn up(&self) -> anyhow::Result<Option<i32>> {
-        match File::open(self.lock()) {
+        let lock = match File::open(self.lock()) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error).with_context(|| format!("opening {}", self.lock().display())),
-            Ok(lock) => match lock.try_lock_shared() {
-                Ok(()) => return Ok(None),
-                Err(TryLockError::WouldBlock) => {}
-                Err(TryLockError::Error(error)) => return Err(error).context("asking who is up"),
-            },
+            opened => opened.with_context(|| format!("opening {}", self.lock().display()))?,
+        };
+        match lock.try_lock_shared() {
+            Ok(()) => Ok(None),
+            Err(TryLockError::WouldBlock) => pid_in(&lock).map(Some),
+            Err(TryLockError::Error(error)) => Err(error).context("asking who is up"),
         }
-        self.pid().map(Some)
     }
 
     /// The process that is up, or an error with the way to one.
@@ -118,6 +110,13 @@ impl State {
             _ => Ok(()),
         }
     }
+}
+
+/// Of the process that holds this lock, as far as it is seen from outside.
+fn pid_in(lock: &File) -> anyhow::Result<i32> {
+    let mut text = String::new();
+    lock.take(32).read_to_string(&mut text)?;
+    text.trim().parse().context("reading who is up")
 }
 
 /// Ends what is up; clears what is left of what was.
