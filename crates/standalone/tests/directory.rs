@@ -51,15 +51,17 @@ impl Followed {
         found.unwrap_or_else(|_| panic!("not within {WITHIN:?}: {what}; last: {:#?}", self.mesh.borrow()))
     }
 
-    /// `onboarding_manifests_policy_unreadable` and `onboarding_manifests_stale_files`, set before a snapshot is seen.
-    fn alarms(&self) -> (u32, u32) {
+    /// The metric `onboarding_manifests_<name>`.
+    fn metric(&self, name: &str) -> u32 {
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &self.metrics).unwrap();
-        let value = |name: &str| {
-            let line = text.lines().find_map(|line| line.strip_prefix(&format!("onboarding_manifests_{name} ")));
-            line.unwrap_or_else(|| panic!("{name}\n{text}")).parse().unwrap()
-        };
-        (value("policy_unreadable"), value("stale_files"))
+        let line = text.lines().find_map(|line| line.strip_prefix(&format!("onboarding_manifests_{name} ")));
+        line.unwrap_or_else(|| panic!("{name}\n{text}")).parse().unwrap()
+    }
+
+    /// Set before a snapshot is seen.
+    fn alarms(&self) -> (u32, u32) {
+        (self.metric("policy_unreadable"), self.metric("stale_files"))
     }
 }
 
@@ -344,12 +346,17 @@ async fn nothing_changed_is_no_news() {
     let root = dir.path();
     write(root, "a.yaml", &policy("a"));
     let mut followed = follow(root);
-    let generation = followed.now().generation;
+    let (generation, readings) = (followed.now().generation, followed.metric("readings_total"));
     // The same again, a comment, a file of somebody else's; then one real change.
     replace(root, "a.yaml", &policy("a"));
     replace(root, "a.yaml", &format!("# for the datacenter\n{}", policy("a")));
     write(root, "notes.txt", "nothing");
-    // Read before what follows: it would say so.
+    let read = async {
+        while followed.metric("readings_total") == readings {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(WITHIN, read).await.expect("it is read");
     followed.mesh_faults.send_replace(vec!["a fault of the mesh".to_owned()]);
     let snapshot =
         followed.until("said", |snapshot| !snapshot.faults.iter().all(|fault| fault != "a fault of the mesh")).await;

@@ -192,7 +192,7 @@ impl Crowd {
     pub fn leave(mut self, world: &World) -> anyhow::Result<()> {
         self.vanish(|_| true);
         world.remove_manifest(&format!("{}.yaml", self.shared.name))?;
-        until("nothing is left of the crowd", Duration::from_secs(60), || {
+        until("nothing is left of the crowd", Duration::from_secs(240), || {
             let (wars, entries) = (self.wars(world)?.len(), self.entries(world)?.len());
             ensure!((wars, entries) == (0, 0), "{wars} wars and {entries} entries");
             Ok(())
