@@ -4,7 +4,8 @@
 
 mod support;
 
-use std::process::Command;
+use std::io::Read;
+use std::process::{Command, Stdio};
 use support::*;
 
 const AGENT: &str = "/install/deb/amd64/onboarding-agent.deb";
@@ -317,9 +318,19 @@ fn a_new_certificate_is_served_without_a_restart() {
 }
 
 #[test]
-fn it_ends_when_it_is_told_to() {
-    let mut repository = Repository::start(&[("deb/amd64/onboarding-agent.deb", &deb(b"1"))]);
+fn it_ends_when_it_is_told_to_after_the_downloads_that_began() {
+    let content = deb(&noise(30_000_000, 1));
+    let mut repository = Repository::start(&[("deb/amd64/onboarding-agent.deb", &content)]);
+    let mut curl = repository.curl().arg("-f").arg(repository.url(AGENT)).stdout(Stdio::piped()).spawn().unwrap();
+    let mut pipe = curl.stdout.take().unwrap();
+    let mut got = vec![0; 100_000];
+    pipe.read_exact(&mut got).unwrap();
     let pid = nix::unistd::Pid::from_raw(repository.pid().cast_signed());
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    // Who comes now is refused at once (curl's exit code 7), and not left waiting.
+    let newcomer = || repository.curl().arg(repository.url(AGENT)).output().unwrap().status.code();
+    repository.until("the address is closed", newcomer, |code| *code == Some(7));
+    pipe.read_to_end(&mut got).unwrap();
+    assert!(curl.wait().unwrap().success() && got == content);
     assert_eq!(repository.ended(), Some(0));
 }
