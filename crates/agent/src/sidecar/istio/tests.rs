@@ -116,7 +116,7 @@ fn lays_pilot_agents_directory_out_privately_and_leaves_nothing_stale() {
     layout::lay_out(&here, &first, &pilot_agent).unwrap();
     let read = |name: &str| std::fs::read_to_string(here.join(name)).unwrap();
     assert_eq!(read("etc/istio/config/mesh"), "defaultConfig: {x: '10.0.0.4'}\n");
-    assert_eq!(read("var/run/secrets/tokens/istio-token"), "aaa.bbb.ccc");
+    assert_eq!(read("var/run/secrets/tokens/istio-token"), "aaa.the-tokens-payload.ccc");
     assert_eq!(read("var/lib/istio/envoy/envoy_bootstrap_tmpl.json"), "{}");
     assert!(read("etc/certs/root-cert.pem").contains("BEGIN CERTIFICATE"));
     assert!(!here.join("etc/istio/config/stale").exists());
