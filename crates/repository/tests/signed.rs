@@ -356,7 +356,8 @@ fn dnf_installs_and_upgrades_and_refuses_what_was_tampered_with() {
     let package = world.repository.packages().join("rpm/amd64/onboarding-agent.rpm");
     assert!(all(&rpm(&["-K", "-v"], &package)).contains("NOKEY"));
     assert!(rpm(&["--import"], &world.repository.packages().join("onboarding.asc")).status.success());
-    let checked = all(&rpm(&["-K", "-v"], &package));
+    // Without the path, which may have any letters.
+    let checked = all(&rpm(&["-K", "-v"], &package)).replace(package.to_str().unwrap(), "");
     assert!(
         checked.contains("RSA/SHA256 Signature") && !checked.contains("NOKEY") && !checked.contains("BAD"),
         "{checked}"

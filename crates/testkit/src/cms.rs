@@ -42,7 +42,8 @@ impl RegionKey {
         parameters.distinguished_name = name;
         let mut serial = [0; 8];
         aws_lc_rs::rand::fill(&mut serial)?;
-        serial[0] &= 0x7f;
+        // As long in DER as it is here.
+        serial[0] = serial[0] & 0x7f | 0x40;
         parameters.serial_number = Some(SerialNumber::from_slice(&serial));
         let certificate = parameters.self_signed(&signer)?.der().to_vec();
         Ok(Self { region: region.to_owned(), key, certificate })
