@@ -178,7 +178,8 @@ impl Plane {
         let directory = tempfile::Builder::new().prefix("onboarding-bench-").tempdir_in(&bench.directory)?;
         std::fs::create_dir_all(directory.path().join(MANIFESTS))?;
         std::fs::write(directory.path().join("aws.pem"), world.region.pinned())?;
-        let (listen, admin) = (free_port()?, free_port()?);
+        // A plane that is started again needs the same.
+        let (listen, admin) = (port::free_at(Ipv4Addr::LOCALHOST)?, port::free_at(Ipv4Addr::LOCALHOST)?);
         let process = start(&binary, directory.path(), bench.one_core, listen, admin)?;
         let one_core = bench.one_core;
         let mut plane = Self { process, directory, binary, one_core, listen, admin, ca: world.tls.ca.clone() };
@@ -299,9 +300,4 @@ fn start(
         .stdout(log.try_clone()?)
         .stderr(log);
     Ok(Killed(command.spawn().with_context(|| format!("starting {}", binary.display()))?))
-}
-
-/// One that nobody listens on now; a plane that is started again needs the same.
-fn free_port() -> anyhow::Result<SocketAddr> {
-    Ok((Ipv4Addr::LOCALHOST, port::free()?).into())
 }

@@ -209,7 +209,7 @@ impl Host {
         roots.push_str(&plane.target().ca);
         std::fs::write(at("roots.pem"), roots)?;
         // One that nobody listens on now.
-        let admin = (Ipv4Addr::LOCALHOST, port::free()?).into();
+        let admin = port::free_at(Ipv4Addr::LOCALHOST)?;
         Ok(Self { directory, agent: agent.to_owned(), envoy: envoy.to_owned(), admin })
     }
 

@@ -133,7 +133,7 @@ impl Site {
     }
 
     async fn repository(&self, bench: &Bench) -> anyhow::Result<Server> {
-        let (address, admin) = (free_port()?, free_port()?);
+        let (address, admin) = (port::free_at(Ipv4Addr::LOCALHOST)?, port::free_at(Ipv4Addr::LOCALHOST)?);
         let mut command = machine::on_planes_core(&bench.binaries.join("onboarding-repository"), bench.one_core);
         command
             .args(["--listen", &address.to_string(), "--admin-listen", &admin.to_string()])
@@ -146,7 +146,7 @@ impl Site {
 
     /// One worker in the foreground, with what a distribution's configuration has.
     async fn nginx(&self, bench: &Bench) -> anyhow::Result<Server> {
-        let (address, here) = (free_port()?, self.directory.path().display());
+        let (address, here) = (port::free_at(Ipv4Addr::LOCALHOST)?, self.directory.path().display());
         std::fs::write(
             self.at("nginx.conf"),
             format!(
@@ -174,10 +174,6 @@ http {{
         let child = command.spawn().with_context(|| format!("starting {:?}", command.get_program()))?;
         Server::started(child, address, &self.at("log")).await
     }
-}
-
-fn free_port() -> anyhow::Result<SocketAddr> {
-    Ok((Ipv4Addr::LOCALHOST, port::free()?).into())
 }
 
 /// A Debian package as far as its outermost layer goes, with noise in it.

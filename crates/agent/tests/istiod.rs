@@ -16,6 +16,7 @@ use onboarding_kinds::agent::{read_agent_configuration, read_onboarding_configur
 use onboarding_testkit::application;
 use onboarding_testkit::cluster::{self, Cluster, Istiod};
 use onboarding_testkit::eventually::eventually;
+use onboarding_testkit::port;
 use onboarding_wire::onboarding as pb;
 use plane::{Asked, Plane};
 use serde_json::json;
@@ -65,10 +66,6 @@ fn mesh() -> Mesh {
     let path = "jsonpath={.data.root-cert\\.pem}";
     let root = cluster.kubectl(["get", "configmap", "istio-ca-root-cert", "-n", "bookinfo", "-o", path]).unwrap();
     Mesh { cluster, istiod, root }
-}
-
-fn free() -> u16 {
-    onboarding_testkit::port::free().unwrap()
 }
 
 impl Mesh {
@@ -127,7 +124,8 @@ async fn serve(listener: tokio::net::TcpListener, name: &'static str, arrived: A
 impl<'a> Workload<'a> {
     async fn new(mesh: &'a Mesh, name: &'static str, ip: IpAddr, way: IstioWay) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let (application, ingress, egress) = (listener.local_addr().unwrap(), free(), free());
+        let (application, ingress, egress) =
+            (listener.local_addr().unwrap(), port::free().unwrap(), port::free().unwrap());
         mesh.add(name, ip, application.port(), ingress, egress);
         let arrived = Arc::new(AtomicUsize::new(0));
         tokio::spawn(serve(listener, name, arrived.clone()));
@@ -138,7 +136,7 @@ impl<'a> Workload<'a> {
             arrived,
             ingress,
             egress,
-            admin: (Ipv4Addr::LOCALHOST, free()).into(),
+            admin: port::free_at(Ipv4Addr::LOCALHOST).unwrap(),
             directory: tempfile::tempdir().unwrap(),
             way,
         }
@@ -170,10 +168,10 @@ impl<'a> Workload<'a> {
             "metadata": {
                 "NAMESPACE": "bookinfo", "NAME": name, "WORKLOAD_NAME": name, "SERVICE_ACCOUNT": "ratings-vm",
                 "CLUSTER_ID": "Kubernetes", "MESH_ID": "cluster.local", "LABELS": labels, "INTERCEPTION_MODE": "NONE",
-                "ISTIO_VERSION": "1.28.0", "ENVOY_STATUS_PORT": free(), "ENVOY_PROMETHEUS_PORT": 0,
+                "ISTIO_VERSION": "1.28.0", "ENVOY_STATUS_PORT": port::free().unwrap(), "ENVOY_PROMETHEUS_PORT": 0,
             },
         });
-        let (status, prometheus, envoy_status) = (free(), free(), free());
+        let (status, prometheus, envoy_status) = (port::free().unwrap(), port::free().unwrap(), port::free().unwrap());
         let files = [(
             "./etc/istio/config/mesh".to_owned(),
             format!("defaultConfig: {{discoveryAddress: '{}', statusPort: {status}}}\n", self.mesh.istiod.secure)

@@ -24,6 +24,7 @@ use onboarding_kubernetes::istio::{
 use onboarding_kubernetes::registry::{Standing, Standings};
 use onboarding_testkit::cluster::{Cluster, Options};
 use onboarding_testkit::eventually::eventually;
+use onboarding_testkit::port;
 use onboarding_testkit::process::Process;
 use onboarding_wire::onboarding as pb;
 use prometheus_client::registry::Registry as Metrics;
@@ -544,7 +545,8 @@ async fn a_sidecar_comes_up_from_it() {
     let path = "jsonpath={.data.root-cert\\.pem}";
     let root = cluster.kubectl(["get", "configmap", "istio-ca-root-cert", "-n", "bookinfo", "-o", path]).unwrap();
     let listener = tokio::net::TcpListener::bind((HOST_IP, 0)).await.unwrap();
-    let (application, ingress, egress, admin) = (listener.local_addr().unwrap().port(), free(), free(), free());
+    let (application, ingress, egress, admin) =
+        (listener.local_addr().unwrap().port(), port::free().unwrap(), port::free().unwrap(), port::free().unwrap());
     tokio::spawn(onboarding_testkit::application::serve(listener, "ratings".to_owned()));
     let name = fixtures::name().name;
     cluster
@@ -564,7 +566,11 @@ async fn a_sidecar_comes_up_from_it() {
         let namespace = Arc::make_mut(inputs.namespaces.get_mut("bookinfo").unwrap());
         namespace.root_certificates = Some(root);
         // Other tests on this machine have the usual ports.
-        let ports = format!("{{ENVOY_STATUS_PORT: '{}', ENVOY_PROMETHEUS_PORT: '{}'}}", free(), free());
+        let ports = format!(
+            "{{ENVOY_STATUS_PORT: '{}', ENVOY_PROMETHEUS_PORT: '{}'}}",
+            port::free().unwrap(),
+            port::free().unwrap()
+        );
         let annotation = format!("metadata: {{annotations: {{proxy.istio.io/config: \"proxyMetadata: {ports}\"}}}}");
         let group = fixtures::group_with(&annotation);
         inputs.groups.insert(group.name.clone(), Arc::new(group));
@@ -613,11 +619,6 @@ fn envoy() -> PathBuf {
     String::from_utf8(output.stdout).unwrap().trim().into()
 }
 
-/// A port that was free a moment ago.
-fn free() -> u16 {
-    onboarding_testkit::port::free().unwrap()
-}
-
 const HOST_IP: &str = "127.0.0.1";
 
 /// From the bootstrap that it writes for Envoy.
@@ -640,9 +641,9 @@ async fn pilot_agents_node(cluster: &Cluster, boot: &pb::IstioBoot, directory: &
     let proxy_config = json!({
         "binaryPath": directory.join("envoy"),
         "proxyBootstrapTemplatePath": "./var/lib/istio/envoy/envoy_bootstrap_tmpl.json",
-        "discoveryAddress": format!("{HOST_IP}:{}", free()),
+        "discoveryAddress": format!("{HOST_IP}:{}", port::free().unwrap()),
         // Other tests have others.
-        "statusPort": free(),
+        "statusPort": port::free().unwrap(),
     });
     let mut command = Command::new(cluster.binary("pilot-agent"));
     command.args(["proxy", "sidecar"]).current_dir(directory).env_clear();

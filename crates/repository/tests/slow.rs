@@ -7,6 +7,7 @@ mod support;
 use onboarding_endpoint::backend::{ConfigSource, Snapshot, TlsMaterial};
 use onboarding_repository::{Limits, Metrics, Options, Running};
 use onboarding_runtime::readiness::Readiness;
+use onboarding_testkit::eventually::eventually;
 use onboarding_testkit::oidc::make_tls;
 use prometheus_client::registry::Registry;
 use rustls::pki_types::pem::PemObject;
@@ -78,19 +79,12 @@ impl Server {
     /// Waits until so many connections were ended for this reason.
     async fn failed(&self, reason: &str, times: u32) {
         let line = format!("onboarding_repository_connections_failed_total{{reason=\"{reason}\"}} {times}\n");
-        let mut last = String::new();
-        let seen = async {
-            loop {
-                last.clear();
-                prometheus_client::encoding::text::encode(&mut last, &self.registry).unwrap();
-                if last.contains(&line) {
-                    return;
-                }
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
-        };
-        let seen = tokio::time::timeout(Duration::from_secs(30), seen).await;
-        assert!(seen.is_ok(), "{line} is not in {last}");
+        eventually(&line, Duration::from_secs(30), async || {
+            let mut all = String::new();
+            prometheus_client::encoding::text::encode(&mut all, &self.registry).unwrap();
+            if all.contains(&line) { Ok(()) } else { Err(all) }
+        })
+        .await;
     }
 }
 

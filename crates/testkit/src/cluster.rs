@@ -97,7 +97,7 @@ impl Cluster {
             format!("{BINARIES} isn't set; `export {BINARIES}=$(dev/kubernetes)` builds what is needed, once")
         })?);
         let directory = tempfile::Builder::new().prefix("cluster-").tempdir()?;
-        let api = SocketAddr::new(options.address, port::free()?);
+        let api = port::free_at(options.address)?;
         let ca = write_certificates(directory.path(), options.address)?;
         std::fs::write(directory.path().join("tokens.csv"), format!("{ADMIN_TOKEN},admin,admin,\"system:masters\"\n"))?;
         let cluster = Self { options, binaries, directory, api, ca, processes: Mutex::default() };
@@ -192,7 +192,7 @@ impl Cluster {
     }
 
     fn start_etcd(&self) -> anyhow::Result<()> {
-        let (client, peer) = (self.free()?, self.free()?);
+        let (client, peer) = (port::free_at(self.options.address)?, port::free_at(self.options.address)?);
         std::fs::write(self.path("etcd.address"), client.to_string())?;
         let mut command = self.command(&self.binary("etcd"));
         command
@@ -324,8 +324,9 @@ impl Cluster {
     }
 
     fn istiod_addresses(&self) -> anyhow::Result<Istiod> {
-        let http = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port::free()?);
-        Ok(Istiod { secure: self.free()?, http, https: self.free()? })
+        let address = self.options.address;
+        let http = port::free_at(Ipv4Addr::LOCALHOST)?;
+        Ok(Istiod { secure: port::free_at(address)?, http, https: port::free_at(address)? })
     }
 
     /// Into the ConfigMap of this name.
@@ -353,7 +354,7 @@ impl Cluster {
 
     fn istiod_process(&self, istiod: Istiod, revision: Option<&str>) -> anyhow::Result<Process> {
         let name = revision.map_or_else(|| "istiod".to_owned(), |revision| format!("istiod-{revision}"));
-        let monitoring = self.free()?;
+        let monitoring = port::free_at(self.options.address)?;
         let mut command = self.command(&self.binary("pilot-discovery"));
         command
             .arg("discovery")
@@ -412,11 +413,6 @@ impl Cluster {
 
     fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
-    }
-
-    /// In another namespace than ours its ports are as free as here.
-    fn free(&self) -> anyhow::Result<SocketAddr> {
-        Ok(SocketAddr::new(self.options.address, port::free()?))
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Processes> {

@@ -1,7 +1,7 @@
 //! Ports for programs that are told theirs, and can't say which one the kernel gave them.
 
 use anyhow::Context;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -25,6 +25,14 @@ pub fn free() -> anyhow::Result<u16> {
         }
     }
     None.context("each of the ports for tests is taken")
+}
+
+/// The same at this address. In another namespace than ours ports are as free as here.
+///
+/// # Errors
+/// All are taken.
+pub fn free_at(address: impl Into<IpAddr>) -> anyhow::Result<SocketAddr> {
+    Ok(SocketAddr::new(address.into(), free()?))
 }
 
 #[cfg(test)]

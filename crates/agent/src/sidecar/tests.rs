@@ -9,15 +9,15 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use onboarding_testkit::application;
+use onboarding_testkit::port;
 use onboarding_wire::onboarding as pb;
 use onboarding_wire::xds;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
 use serde_json::{Value, json};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 use tempfile::TempDir;
 use tokio::net::{TcpListener, TcpStream};
@@ -36,16 +36,8 @@ fn envoy() -> PathBuf {
     ENVOY.clone()
 }
 
-/// An address that nothing else uses: of this process alone, and below the ports that connections get.
 fn free() -> SocketAddr {
-    static NEXT: AtomicU8 = AtomicU8::new(1);
-    let [.., high, low] = std::process::id().to_be_bytes();
-    loop {
-        let address = SocketAddr::from(([127, high | 1, low, NEXT.fetch_add(1, Ordering::Relaxed)], 21_080));
-        if std::net::TcpListener::bind(address).is_ok() {
-            return address;
-        }
-    }
+    port::free_at(Ipv4Addr::LOCALHOST).unwrap()
 }
 
 struct Ca {
