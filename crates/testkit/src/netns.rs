@@ -1,8 +1,8 @@
 //! Network namespaces as virtual machines: a [`Lab`] is a bridge in namespaces of its own, a [`Machine`] a host on it.
 //!
 //! A lab is a *process namespace* too, and everything in it (processes, interfaces, mounts, files on a tmpfs) is held by that
-//! namespace's first process alone. Nothing is named globally, so runs can't collide; and however the lab ends, by return, panic,
-//! Ctrl-C or SIGKILL, the kernel takes all of it away. Works as root, and unprivileged through a user namespace.
+//! namespace's first process alone. Nothing is named globally but a machine's control group, where it wants one, so runs can't collide;
+//! and however the lab ends, by return, panic, Ctrl-C or SIGKILL, the kernel takes all of it away. Works as root, and unprivileged through a user namespace.
 //!
 //! The program runs itself three times: the *outer* process, which stays outside, waits and watches for signals; the *init* of the
 //! process namespace, which makes mounts and network and reaps orphans; and the *main* one, in which [`inside`] calls its argument.
@@ -144,6 +144,12 @@ impl Machine {
         &self.directory
     }
 
+    /// For a control group of this machine's own, the one thing that has a global name. Whoever wants one makes it; it goes with the lab.
+    pub fn control_group(&self) -> anyhow::Result<String> {
+        let lab = self.directory.ancestors().nth(2).and_then(Path::file_name).and_then(OsStr::to_str);
+        Ok(format!("{}/{}", lab.context("a lab without a name")?, self.name))
+    }
+
     /// The process that keeps the namespaces, for `/proc/<pid>/ns`.
     pub fn holder_pid(&self) -> i32 {
         self.holder.pid()
@@ -236,11 +242,18 @@ fn outer() -> anyhow::Result<ExitCode> {
     code
 }
 
-/// Removes the directory when this process has ended, also by SIGKILL, or lets go of its standard input. It is empty, as seen from
-/// outside: what is in it was on the lab's own tmpfs. In a process group of its own: the terminal's Ctrl-C isn't for it.
+const JANITOR: &str = r#"
+cat
+rmdir -- "$0"
+find /sys/fs/cgroup -depth -type d \( -path "*/${0##*/}" -o -path "*/${0##*/}/*" \) -exec rmdir -- {} +
+"#;
+
+/// Removes the directory, and control groups of its name, when this process has ended, also by SIGKILL, or lets go of its standard
+/// input. It is empty, as seen from outside: what is in it was on the lab's own tmpfs. In a process group of its own: the terminal's
+/// Ctrl-C isn't for it.
 fn janitor(directory: &Path) -> anyhow::Result<Child> {
     Command::new("sh")
-        .args(["-c", "cat; rmdir -- \"$0\""])
+        .args(["-c", JANITOR])
         .arg(directory)
         .process_group(0)
         .stdin(Stdio::piped())
