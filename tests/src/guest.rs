@@ -34,21 +34,6 @@ ExecStart=/opt/onboarding-testkit application --name guest --listen 127.0.0.1:%i
 WantedBy=multi-user.target
 ";
 
-/// Runs a program in a control group of its own, `$0`, below this one. A guest's systemd takes the group that it finds itself in for all there is:
-/// of two guests in the same, one removes the group in which the other is about to start a service of that name.
-const IN_A_GROUP: &str = r#"
-while IFS=: read -r _ controllers path; do
-    case $controllers in
-        name=systemd) hierarchy=/sys/fs/cgroup/systemd ;;
-        '') hierarchy=/sys/fs/cgroup/unified; [ -d "$hierarchy" ] || hierarchy=/sys/fs/cgroup ;;
-        *) continue ;;
-    esac
-    [ -e "$hierarchy/cgroup.procs" ] || continue
-    mkdir -p "$hierarchy$path/$0" && echo 0 >"$hierarchy$path/$0/cgroup.procs" || exit 1
-done </proc/self/cgroup
-exec "$@"
-"#;
-
 impl Guest {
     /// A machine of the company: it trusts the company's CA, its DNS knows the endpoint, its application listens on 127.0.0.1:8080 and :80.
     /// Off; see [`Self::boot`]. `image`: which of `dev/vm`'s, `bookworm` or `dnf`.
@@ -120,9 +105,7 @@ impl Guest {
     pub fn boot(&mut self) -> anyhow::Result<()> {
         ensure!(self.running.is_none(), "{} is on", self.machine.name());
         let name = self.machine.name();
-        let group = self.machine.control_group()?;
-        let mut command = self.machine.command("sh");
-        command.args(["-c", IN_A_GROUP, &group, "systemd-nspawn"]);
+        let mut command = self.machine.command_in_group("systemd-nspawn")?;
         command.arg("-D").arg(self.machine.directory().join("root")).args(["--boot", "--register=no", "--keep-unit"]);
         command.args(["--console=pipe", "--settings=no", "--link-journal=no", "--resolv-conf=off", "--timezone=off"]);
         command.arg(format!("--machine={name}")).arg(format!("--hostname={name}"));
@@ -140,7 +123,10 @@ impl Guest {
             Ok(Ok(leader))
         })??;
         let groups = std::fs::read_to_string(format!("/proc/{leader}/cgroup"))?;
-        ensure!(groups.contains(&group), "{name} shares a control group with others:\n{groups}");
+        ensure!(
+            groups.contains(&self.machine.control_group()?),
+            "{name} shares a control group with others:\n{groups}"
+        );
         self.running = Some(Running { nspawn, leader });
         Ok(())
     }

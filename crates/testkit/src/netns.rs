@@ -1,8 +1,9 @@
 //! Network namespaces as virtual machines: a [`Lab`] is a bridge in namespaces of its own, a [`Machine`] a host on it.
 //!
 //! A lab is a *process namespace* too, and everything in it (processes, interfaces, mounts, files on a tmpfs) is held by that
-//! namespace's first process alone. Nothing is named globally but a machine's control group, where it wants one, so runs can't collide;
-//! and however the lab ends, by return, panic, Ctrl-C or SIGKILL, the kernel takes all of it away. Works as root, and unprivileged through a user namespace.
+//! namespace's first process alone. Nothing is named globally but a machine's control group, where it has one, so runs can't collide;
+//! and however the lab ends, by return, panic, Ctrl-C or SIGKILL, the kernel takes all of it away. Works as root, and unprivileged
+//! through a user namespace.
 //!
 //! The program runs itself three times: the *outer* process, which stays outside, waits and watches for signals; the *init* of the
 //! process namespace, which makes mounts and network and reaps orphans; and the *main* one, in which [`inside`] calls its argument.
@@ -144,12 +145,6 @@ impl Machine {
         &self.directory
     }
 
-    /// For a control group of this machine's own, the one thing that has a global name. Whoever wants one makes it; it goes with the lab.
-    pub fn control_group(&self) -> anyhow::Result<String> {
-        let lab = self.directory.ancestors().nth(2).and_then(Path::file_name).and_then(OsStr::to_str);
-        Ok(format!("{}/{}", lab.context("a lab without a name")?, self.name))
-    }
-
     /// The process that keeps the namespaces, for `/proc/<pid>/ns`.
     pub fn holder_pid(&self) -> i32 {
         self.holder.pid()
@@ -168,6 +163,20 @@ impl Machine {
             .process_group(0)
             .stdin(Stdio::null());
         command
+    }
+
+    /// The same in the machine's [own group](Self::control_group).
+    pub fn command_in_group(&self, program: impl AsRef<OsStr>) -> anyhow::Result<Command> {
+        let mut command = self.command("sh");
+        command.args(["-c", IN_A_GROUP, &self.control_group()?]).arg(program);
+        Ok(command)
+    }
+
+    /// Below this process's, and gone with the lab. A systemd takes the control group that it finds itself in for all there is: of two in
+    /// the same, one removes the group in which the other is about to start a service of that name.
+    pub fn control_group(&self) -> anyhow::Result<String> {
+        let lab = self.directory.ancestors().nth(2).and_then(Path::file_name).and_then(OsStr::to_str);
+        Ok(format!("{}/{}", lab.context("a lab without a name")?, self.name))
     }
 
     /// Runs a command to its end, within 20 seconds, and gives its standard output; fails with its standard error when it fails.
@@ -242,6 +251,21 @@ fn outer() -> anyhow::Result<ExitCode> {
     code
 }
 
+/// Makes the control group `$0`, where systemd has its own, and runs the arguments in it.
+const IN_A_GROUP: &str = r#"
+while IFS=: read -r _ controllers path; do
+    case $controllers in
+        name=systemd) hierarchy=/sys/fs/cgroup/systemd ;;
+        '') hierarchy=/sys/fs/cgroup/unified; [ -d "$hierarchy" ] || hierarchy=/sys/fs/cgroup ;;
+        *) continue ;;
+    esac
+    [ -e "$hierarchy/cgroup.procs" ] || continue
+    mkdir -p "$hierarchy$path/$0" && echo 0 >"$hierarchy$path/$0/cgroup.procs" || exit 1
+done </proc/self/cgroup
+exec "$@"
+"#;
+
+/// What [`IN_A_GROUP`] made is found by its name, the lab's.
 const JANITOR: &str = r#"
 cat
 rmdir -- "$0"
